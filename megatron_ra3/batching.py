@@ -1,0 +1,183 @@
+"""Which (position, target) pairs of a batch are scored, and what each score means.
+
+The trainer only ever sees pairs; this module turns trajectories into pairs and the scored pairs back into gate,
+rationale and line log-probs. Doing it in one place keeps reward, loss and engine talking about the same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ra3.latents import Kind, LatentFormat, Trajectory
+from megatron_ra3.model.trainer import MicroBatch
+from megatron_ra3.objective import log1mexp
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group sequence indices into padded micro-batches of at most `max_tokens` (count times longest) tokens.
+
+    Longest first, so that sequences of like length share a batch; one that is longer than `max_tokens` stays alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(trajectories: Sequence[Trajectory]) -> Tensor:
+    """Token ids [b, s], right-padded with 0: under a causal mask padding cannot reach what is scored."""
+    width = max(len(item.token_ids) for item in trajectories)
+    tokens = torch.zeros(len(trajectories), width, dtype=torch.int64)
+    for row, item in enumerate(trajectories):
+        tokens[row, : len(item.token_ids)] = torch.tensor(item.token_ids)
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LatentScores:
+    """Scored decisions of a micro-batch of trajectories with T lines and R sampled rationale tokens, nats."""
+
+    gate: Tensor
+    """[T] log-prob of the gate's choice."""
+    think: Tensor
+    """[T] log q(think)."""
+    rationale: Tensor
+    """[R] log-prob of each sampled rationale token."""
+    line: Tensor | None
+    """[T] summed log-prob of each line; None where lines were not scored."""
+
+
+@dataclass(slots=True)
+class _Pairs:
+    """(row, target) pairs of the decisions and lines of a micro-batch, with the line each belongs to."""
+
+    gates: list[tuple[int, int]] = field(default_factory=list)
+    rationales: list[tuple[int, int]] = field(default_factory=list)
+    lines: list[tuple[int, int]] = field(default_factory=list)
+    openings: list[tuple[int, int]] = field(default_factory=list)
+    line_of_rationale: list[int] = field(default_factory=list)
+    line_of_token: list[int] = field(default_factory=list)
+    gate_behaviour: list[float] = field(default_factory=list)
+    gate_sampled: list[bool] = field(default_factory=list)
+    rationale_behaviour: list[float] = field(default_factory=list)
+
+    def add(self, item: Trajectory, latent_format: LatentFormat, offset: int, line_base: int) -> None:
+        """Walk one trajectory whose first token has flat index `offset` and whose lines start at `line_base`."""
+        ahead = len(latent_format.gate_prefix) - 1
+        previous = (int(Kind.PROMPT), -1)
+        for position, segment in enumerate(zip(item.kinds, item.line_index, strict=True)):
+            kind, line = segment
+            pair = (offset + position - 1, item.token_ids[position])
+            opens = segment != previous
+            if kind == Kind.GATE:
+                if opens:
+                    self.gates.extend((offset + position + ahead, gate_id) for gate_id in latent_format.gate_ids)
+                    self.gate_behaviour.append(0.0)
+                    self.gate_sampled.append(False)
+                if item.sampled[position]:
+                    self.gate_behaviour[-1] = item.engine_logprobs[position]
+                    self.gate_sampled[-1] = True
+            elif kind == Kind.RATIONALE and item.sampled[position]:
+                self.rationales.append(pair)
+                self.line_of_rationale.append(line_base + line)
+                self.rationale_behaviour.append(item.engine_logprobs[position])
+            elif kind == Kind.LINE:
+                if opens and latent_format.conditions_line:
+                    self.openings.append((pair[0], latent_format.gate_ids[0]))
+                self.lines.append(pair)
+                self.line_of_token.append(line_base + line)
+            previous = segment
+
+
+class LatentBatch:
+    """A micro-batch of sampled trajectories: the pairs to score, and how the scores are read back.
+
+    Args:
+        trajectories: finished trajectories.
+        latent_format: their surface form.
+        with_lines: score the lines too (the reward pass); the policy-gradient pass needs only latents.
+    """
+
+    def __init__(self, trajectories: Sequence[Trajectory], latent_format: LatentFormat, *, with_lines: bool) -> None:
+        tokens = pad(trajectories)
+        pairs = _Pairs()
+        line_base = 0
+        for row, item in enumerate(trajectories):
+            pairs.add(item, latent_format, row * tokens.shape[1], line_base)
+            line_base += item.num_lines
+        groups = [pairs.gates, pairs.rationales]
+        if with_lines:
+            groups += [pairs.lines, pairs.openings]
+        self.format = latent_format
+        self.micro_batch = _micro_batch(tokens, [pair for group in groups for pair in group])
+        self.num_lines = line_base
+        self.thought = torch.tensor([flag for item in trajectories for flag in item.thought])
+        self.well_formed = torch.tensor([flag for item in trajectories for flag in item.well_formed])
+        self.line_tokens = torch.bincount(torch.tensor(pairs.line_of_token), minlength=line_base)
+        self.line_of_rationale = torch.tensor(pairs.line_of_rationale, dtype=torch.int64)
+        self.gate_sampled = torch.tensor(pairs.gate_sampled)
+        self.gate_behaviour = torch.tensor(pairs.gate_behaviour)
+        self.rationale_behaviour = torch.tensor(pairs.rationale_behaviour)
+        self.rationale_tokens = sum(item.num_rationale_tokens for item in trajectories)
+        self._group_sizes = [len(group) for group in groups]
+        self._line_of_token = torch.tensor(pairs.line_of_token)
+
+    @property
+    def num_decisions(self) -> int:
+        """Sampled latent decisions: gates that were drawn, and rationale tokens."""
+        return int(self.gate_sampled.sum()) + len(self.line_of_rationale)
+
+    def read(self, logprobs: Tensor) -> LatentScores:
+        """Turn the scored pairs [K] of `micro_batch` into log-probs of decisions and lines."""
+        gates, rationale, *line_parts = torch.split(logprobs, self._group_sizes)
+        per_gate = gates.view(self.num_lines, len(self.format.gate_ids))
+        if self.format.surface == "newline":
+            think = per_gate[:, 0]
+            act = log1mexp(think)
+        else:
+            act, think = torch.log_softmax(per_gate, dim=1).unbind(dim=1)
+        gate = torch.where(self.thought.to(think.device), think, act)
+        if not line_parts:
+            return LatentScores(gate=gate, think=think, rationale=rationale, line=None)
+        tokens, openings = line_parts
+        line = torch.zeros_like(gate).index_add(0, self._line_of_token.to(gate.device), tokens)
+        if self.format.conditions_line:
+            line = line - log1mexp(openings)
+        return LatentScores(gate=gate, think=think, rationale=rationale, line=line)
+
+
+class TokenBatch:
+    """A micro-batch for next-token training on annotated snippets: every token after the prompt is a target."""
+
+    def __init__(self, trajectories: Sequence[Trajectory], *, latent_weight: float) -> None:
+        tokens = pad(trajectories)
+        width = tokens.shape[1]
+        targets = [
+            (row * width + position - 1, token, kind)
+            for row, item in enumerate(trajectories)
+            for position, (token, kind) in enumerate(zip(item.token_ids, item.kinds, strict=True))
+            if kind != Kind.PROMPT
+        ]
+        self.micro_batch = _micro_batch(tokens, [(row, token) for row, token, _ in targets])
+        self.is_code = torch.tensor([kind == Kind.LINE for _, _, kind in targets])
+        self.weights = torch.where(self.is_code, 1.0, latent_weight)
+
+
+def original_tokens(trajectories: Sequence[Trajectory], latent_format: LatentFormat) -> int:
+    """Tokens of the code as it stood before any rationale: lines, and their newline where the gate carries it."""
+    return sum(
+        item.kinds.count(int(Kind.LINE)) + item.num_lines * len(latent_format.gate_prefix) for item in trajectories
+    )
+
+
+def _micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]]) -> MicroBatch:
+    flat = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return MicroBatch(token_ids=tokens, rows=flat[:, 0].contiguous(), targets=flat[:, 1].contiguous())

@@ -1,0 +1,435 @@
+"""Configuration: frozen dataclasses, one YAML file, `key=value` overrides, and nothing else.
+
+Unknown keys fail with the nearest known name, values are checked against their types, and settings that clash name
+both keys and the fix, before a single process group or engine is started. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Where the prepared corpus lies (see `ra3 prepare`)."""
+
+    folder: str = ""
+    """Folder with `manifest.json`, shards and their index."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face fast tokenizer; empty: `<corpus.folder>/tokenizer`."""
+    max_snippet_tokens: int = 512
+    """Longer snippets are cut after the last whole line that fits; tokens, gates included."""
+    verify_checksums: bool = False
+    """Compare the sha256 of every shard at start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsConfig:
+    """How a latent looks in the token stream (method.md 1, 6, 8)."""
+
+    surface: Literal["newline", "special"] = "newline"
+    """`newline`: "\\n" and "\\n#..." as published; `special`: <act>, <think> ... </think>."""
+    comments: Literal["observe", "strip", "keep_as_code"] = "observe"
+    """What native full-line comments become."""
+    max_rationale_tokens: int = 16
+    """Sampled tokens per rationale at most, the closing token included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to start from."""
+
+    folder: str = ""
+    """Hugging Face folder (Qwen2 or Llama family): config.json and safetensors."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: read only config.json; vocab_size follows the tokenizer."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Layout of the trainer ranks; data parallelism is what remains of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    distributed_optimizer: bool = False
+    micro_batch_tokens: int = 8192
+    """Padded tokens per forward pass at most; a single longer trajectory still runs alone."""
+    timeout_s: float = 1800.0
+    """How long a collective waits for its slowest rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, shared by all phases; learning rates belong to the phases."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenConfig:
+    """Next-token training: the warm-up / NTP phase, and the M-step (method.md 5, 6)."""
+
+    steps: int = 0
+    """Optimizer steps of the phase."""
+    snippets_per_step: int = 64
+    learning_rate: float = 3e-4
+    lr_warmup_fraction: float = 0.02
+    """Part of the phase over which the learning rate rises linearly; a cosine follows."""
+    lr_final_fraction: float = 0.1
+    latent_weight: float = 1.0
+    """Loss weight of gate and rationale tokens against code tokens."""
+    max_tokens: int = 0
+    """If positive the phase ends at the first step that reaches this many tokens, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EStepConfig:
+    """Policy gradient on latents (method.md 3, 4)."""
+
+    steps: int = 20
+    snippets_per_step: int = 8
+    rollouts_per_snippet: int = 8
+    penalty: float = 0.05
+    """c: nats taken from the line reward for each rationale."""
+    horizon: int = 8
+    """H: lines over which a return adds rewards."""
+    discount: float = 1.0
+    """gamma of the return."""
+    line_reward: Literal["mean", "sum"] = "mean"
+    """Token mean or sum of a line's log-prob (nats)."""
+    format_penalty: float = 1.0
+    """Nats taken for a rationale that is empty, unclosed or over the cap."""
+    gate_exploration: float = 0.0
+    """epsilon: the gate is drawn from (1-epsilon) q + epsilon/2."""
+    max_importance_weight: float = 2.0
+    """Truncation of the trainer/engine importance weight."""
+    learning_rate: float = 1e-4
+    window: int = 0
+    """Lines scored ahead per gate request; 1: line by line; 0: from the running think rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmConfig:
+    """Expectation-maximisation (method.md 5)."""
+
+    rounds: int = 2
+    restart_from_base: bool = False
+    """Begin every M-step from the weights at the start of the run instead of the last ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The sampling engine."""
+
+    kind: Literal["vllm", "inprocess"] = "inprocess"
+    urls: tuple[str, ...] = ()
+    """Running servers (`ra3 serve`); empty: every replica starts one on its own machine."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: a free port."""
+    model_folder: str = ""
+    """`ra3 serve`: the folder to serve; empty: `model.folder`."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_in_flight: int = 64
+    request_timeout_s: float = 120.0
+    start_timeout_s: float = 300.0
+    sync_timeout_s: float = 300.0
+    tensor_parallel: int = 1
+    memory_fraction: float = 0.85
+    """GPU memory vLLM may take."""
+    cpu_kv_cache_bytes: int = 268435456
+    block_size: int = 32
+    """Tokens per prefix-cache block on CPU, a multiple of 32; GPUs use vLLM's own default."""
+    parity_tolerance: float = 1e-3
+    """Largest log-prob difference (nats, fp32) allowed between engine and trainer after the first sync."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation after every round."""
+
+    snippets: int = 64
+    samples_shown: int = 4
+    """Annotated held-out snippets written to samples.jsonl per evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save."""
+
+    every_steps: int = 50
+    keep_last: int = 2
+    stop_after_steps: int = 0
+    """If positive: save and leave after this many steps of this process (for time-limited jobs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics always go to metrics.jsonl; wandb when asked (WANDB_MODE=offline works)."""
+
+    wandb_project: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything of one run. Section docstrings state units and sources."""
+
+    run_folder: str = ""
+    """Checkpoints, metrics, samples and logs of this run."""
+    seed: int = 0
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warmup: NextTokenConfig = field(default_factory=NextTokenConfig)
+    estep: EStepConfig = field(default_factory=EStepConfig)
+    mstep: NextTokenConfig = field(default_factory=lambda: NextTokenConfig(steps=50))
+    em: EmConfig = field(default_factory=EmConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies."""
+        return Path(self.corpus.tokenizer or Path(self.corpus.folder) / "tokenizer")
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Room of a trajectory: a whole snippet plus as many tokens again for its rationales."""
+        return 2 * self.corpus.max_snippet_tokens
+
+    def fingerprint(self) -> str:
+        """sha256 over the settings that a checkpoint must share with the run that resumes it."""
+        kept = to_dict(self)
+        for section in ("engine", "checkpoint", "logging"):
+            del kept[section]
+        del kept["run_folder"]
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides (values parsed as YAML), validate.
+
+    Raises:
+        ValueError: unknown key (nearest known name given), wrong type, or clashing settings.
+        FileNotFoundError: no such file.
+    """
+    tree: Any = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"config file {path} does not exist")
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"config file {path}: must be a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}: write it as key=value, for instance estep.penalty=0.05")
+        _set(tree, key.strip(), yaml.safe_load(value))
+    config = _build(RunConfig, tree, "")
+    validate(config)
+    return config
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Nested plain dict of a config dataclass."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+
+
+def known_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key, depth first."""
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from known_keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {dotted}: {section!r} is a value, not a section")
+    tree[leaf] = value
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    names = {item.name for item in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in names:
+            raise ValueError(_unknown_key(dotted))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{dotted}: is a section with keys of its own, got {value!r}")
+            arguments[key] = _build(hint, value, f"{dotted}.")  # type: ignore[arg-type]
+        else:
+            arguments[key] = _convert(dotted, hint, value)
+    return cls(**arguments)
+
+
+def _unknown_key(dotted: str) -> str:
+    keys = list(known_keys())
+    leaf = dotted.rpartition(".")[2]
+    near = difflib.get_close_matches(dotted, keys, n=1) or [
+        key for key in keys for match in difflib.get_close_matches(leaf, [key.rpartition(".")[2]], n=1) if match
+    ]
+    hint = f"; did you mean {near[0]!r}?" if near else f"; sections are {sorted({k.split('.')[0] for k in keys})}"
+    return f"unknown config key {dotted!r}{hint}"
+
+
+def _convert(dotted: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{dotted}: must be one of {list(get_args(hint))}, got {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{dotted}: must be a list, got {value!r}")
+        return tuple(_convert(dotted, get_args(hint)[0], item) for item in value)
+    assert get_origin(hint) not in (Union, UnionType), f"{dotted}: optional settings are not supported"
+    if hint is float and isinstance(value, str):
+        value = _number(dotted, value)  # YAML reads 1e-4 as text
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{dotted}: must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _number(dotted: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{dotted}: must be a number, got {text!r}") from None
+
+
+def validate(config: RunConfig) -> None:
+    """Check ranges and clashes; ValueError names the keys and the fix."""
+    _check_ranges(config)
+    engine, latents = config.engine, config.latents
+    for key, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0), ("temperature", 1.0)):
+        if getattr(engine, key) != neutral:
+            raise ValueError(
+                f"engine.{key}={getattr(engine, key)}: the trainer scores the full law at temperature 1, so engine "
+                f"and trainer log-probs would disagree; set engine.{key}={neutral}"
+            )
+    if latents.surface == "newline" and latents.comments == "keep_as_code":
+        raise ValueError(
+            "latents.surface=newline with latents.comments=keep_as_code: a comment kept as code looks like a "
+            "rationale; set latents.surface=special, or latents.comments=observe or strip"
+        )
+    if engine.kind == "inprocess" and engine.urls:
+        raise ValueError("engine.urls is set but engine.kind=inprocess uses no server; set engine.kind=vllm")
+    if engine.block_size % 32:
+        raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
+    if config.em.rounds and not config.mstep.steps and not config.estep.steps:
+        raise ValueError("em.rounds > 0 but estep.steps=0 and mstep.steps=0; set steps or em.rounds=0")
+
+
+_POSITIVE = (
+    "corpus.max_snippet_tokens",
+    "latents.max_rationale_tokens",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.micro_batch_tokens",
+    "parallel.timeout_s",
+    "warmup.snippets_per_step",
+    "mstep.snippets_per_step",
+    "estep.snippets_per_step",
+    "estep.horizon",
+    "estep.max_importance_weight",
+    "engine.max_in_flight",
+    "engine.request_timeout_s",
+    "engine.start_timeout_s",
+    "engine.sync_timeout_s",
+    "engine.tensor_parallel",
+    "engine.cpu_kv_cache_bytes",
+    "evaluate.snippets",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "optimizer.eps",
+    "optimizer.clip_grad_norm",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "warmup.steps",
+    "mstep.steps",
+    "estep.steps",
+    "warmup.learning_rate",
+    "mstep.learning_rate",
+    "estep.learning_rate",
+    "warmup.latent_weight",
+    "mstep.latent_weight",
+    "warmup.max_tokens",
+    "mstep.max_tokens",
+    "estep.penalty",
+    "estep.format_penalty",
+    "estep.window",
+    "em.rounds",
+    "evaluate.samples_shown",
+    "optimizer.weight_decay",
+    "checkpoint.stop_after_steps",
+    "engine.port",
+)
+_FRACTIONS = (
+    "estep.gate_exploration",
+    "estep.discount",
+    "warmup.lr_warmup_fraction",
+    "mstep.lr_warmup_fraction",
+    "warmup.lr_final_fraction",
+    "mstep.lr_final_fraction",
+    "engine.memory_fraction",
+)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for key in _POSITIVE:
+        if not _get(config, key) > 0:
+            raise ValueError(f"{key}={_get(config, key)}: must be positive")
+    for key in _NOT_NEGATIVE:
+        if not _get(config, key) >= 0:
+            raise ValueError(f"{key}={_get(config, key)}: must not be negative")
+    for key in _FRACTIONS:
+        if not 0.0 <= _get(config, key) <= 1.0:
+            raise ValueError(f"{key}={_get(config, key)}: must lie between 0 and 1")
+    if config.estep.rollouts_per_snippet < 2:
+        raise ValueError(
+            f"estep.rollouts_per_snippet={config.estep.rollouts_per_snippet}: the leave-one-out baseline needs at "
+            "least 2"
+        )
+    for key in ("run_folder", "corpus.folder", "model.folder"):
+        if not _get(config, key):
+            raise ValueError(f"{key} is empty: set it in the config file or as {key}=PATH")
+
+
+def _get(config: object, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config

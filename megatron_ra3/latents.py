@@ -1,0 +1,288 @@
+"""Latents between lines of code: surface forms, tokenised snippets and trajectories.
+
+A latent stands before every line: `<act>` keeps the current rationale, `<think>` writes a new one (method.md 1).
+Everything here is token ids with an explicit kind per token, so that no text is ever decoded and encoded again:
+re-tokenisation silently changes which tokens carry a log-probability. Pure Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, Protocol
+
+Surface = Literal["newline", "special"]
+NOT_SAMPLED = 0.0
+
+
+class Tokenizer(Protocol):
+    """What a latent format needs of a tokenizer; `corpus.tokenizer.CodeTokenizer` is the real one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end-of-text token, written once before every snippet."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, no special tokens added or recognised."""
+
+    def id_of(self, token: str) -> int:
+        """Id of one vocabulary entry; ValueError where it is missing."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes a token stands for."""
+
+
+class Kind(IntEnum):
+    """What a token of a trajectory is."""
+
+    PROMPT = 0
+    GATE = 1
+    RATIONALE = 2
+    LINE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A tokenised snippet: `prompt` ids and, per line, its token ids and the native rationale's ids (or None)."""
+
+    snippet_id: str
+    prompt: tuple[int, ...]
+    lines: tuple[tuple[int, ...], ...]
+    native: tuple[tuple[int, ...] | None, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lines or any(not line for line in self.lines):
+            raise ValueError(f"snippet {self.snippet_id}: needs at least one line and no line without tokens")
+        assert len(self.native) == len(self.lines)
+
+    @property
+    def num_code_tokens(self) -> int:
+        """Tokens of all lines: the denominator of nats per original code token, gates not counted."""
+        return sum(map(len, self.lines))
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One snippet with its latents, as parallel per-token lists; every append checks the lengths.
+
+    `engine_logprobs` holds the behaviour log-prob (nats) of every sampled decision: each token of a rationale, and
+    for the gate its last token. Elsewhere `sampled` is False and the value is meaningless. `thought` and
+    `well_formed` have one entry per finished latent.
+    """
+
+    snippet_id: str
+    token_ids: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    line_index: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    engine_logprobs: list[float] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+    thought: list[bool] = field(default_factory=list)
+    well_formed: list[bool] = field(default_factory=list)
+
+    def append(
+        self,
+        kind: Kind,
+        line: int,
+        token_ids: Sequence[int],
+        *,
+        logprobs: Sequence[float] | None = None,
+        weight_version: int = 0,
+    ) -> None:
+        """Append tokens of one kind; with `logprobs` (nats, one per token) they count as sampled."""
+        if logprobs is not None and len(logprobs) != len(token_ids):
+            raise ValueError(
+                f"trajectory {self.snippet_id}, line {line}: {len(token_ids)} tokens but {len(logprobs)} log-probs"
+            )
+        count = len(token_ids)
+        self.token_ids.extend(token_ids)
+        self.kinds.extend([int(kind)] * count)
+        self.line_index.extend([line] * count)
+        self.sampled.extend([logprobs is not None] * count)
+        self.engine_logprobs.extend([NOT_SAMPLED] * count if logprobs is None else logprobs)
+        self.weight_versions.extend([weight_version] * count)
+
+    @property
+    def num_lines(self) -> int:
+        """Number of latents decided so far, which is the number of finished lines between two steps."""
+        return len(self.thought)
+
+    @property
+    def num_rationale_tokens(self) -> int:
+        """Tokens of all rationales, closing tokens included."""
+        return self.kinds.count(int(Kind.RATIONALE))
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dict of all fields."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, record: dict[str, object]) -> Trajectory:
+        """Inverse of `to_json`; ValueError when the per-token lists differ in length."""
+        trajectory = cls(**record)  # type: ignore[arg-type]
+        per_token = (trajectory.kinds, trajectory.line_index, trajectory.sampled, trajectory.engine_logprobs)
+        if any(len(values) != len(trajectory.token_ids) for values in per_token):
+            raise ValueError(f"trajectory {trajectory.snippet_id}: per-token lists of different lengths")
+        return trajectory
+
+
+def log1mexp(logprob: float) -> float:
+    """log(1 - exp(logprob)) for logprob < 0, exact near both ends (Maechler 2012)."""
+    if logprob >= 0.0:
+        return -math.inf
+    return math.log(-math.expm1(logprob)) if logprob > -math.log(2) else math.log1p(-math.exp(logprob))
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFormat:
+    r"""Surface form of the latents, as token ids (method.md 1, 4, 8).
+
+    `newline` (published): `<act>` is "\n" and `<think>` is "\n#" plus a one-line comment. The gate is decided by the
+    token after the newline: think iff it is "#", over the full vocabulary; a line is conditioned on not starting
+    with "#". `special`: the tokens `<act>`, `<think>` ... `</think>`; P(think) is renormalised over the two.
+    """
+
+    surface: Surface
+    start: tuple[int, ...]
+    gate_prefix: tuple[int, ...]
+    act_suffix: tuple[int, ...]
+    think_suffix: tuple[int, ...]
+    gate_ids: tuple[int, ...]
+    close: tuple[int, ...]
+    close_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    blank_ids: frozenset[int]
+
+    @classmethod
+    def build(cls, surface: Surface, tokenizer: Tokenizer) -> LatentFormat:
+        """Resolve the surface form against a tokenizer; ValueError where it lacks the tokens."""
+        token_bytes = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
+        blank = frozenset(i for i, raw in token_bytes.items() if not raw.strip())
+        with_newline = frozenset(i for i, raw in token_bytes.items() if b"\n" in raw)
+        start = (tokenizer.eos_id,)
+        if surface == "newline":
+            newline, hash_id = _single(tokenizer, "\n"), _single(tokenizer, "#")
+            ends_line = frozenset(i for i in with_newline if token_bytes[i].find(b"\n") == len(token_bytes[i]) - 1)
+            stop = with_newline | {tokenizer.eos_id}
+            return cls(surface, start, (newline,), (), (hash_id,), (hash_id,), (newline,), ends_line, stop, blank)
+        act, think, end = (tokenizer.id_of(name) for name in ("<act>", "<think>", "</think>"))
+        stop = with_newline | {tokenizer.eos_id, act, think, end}
+        return cls(surface, start, (), (act,), (think,), (act, think), (end,), frozenset({end}), stop, blank | {end})
+
+    @property
+    def conditions_line(self) -> bool:
+        """Whether a line's log-prob is conditioned on its first token not opening a rationale."""
+        return not self.act_suffix
+
+    def think_logprob(self, gate_logprobs: Sequence[float]) -> float:
+        """Log q(think) in nats from the full-vocabulary log-probs of `gate_ids` at the gate row."""
+        if self.surface == "newline":
+            return gate_logprobs[0]
+        act, think = gate_logprobs
+        top = max(act, think)
+        return think - top - math.log(math.exp(act - top) + math.exp(think - top))
+
+    def tokenize(
+        self, tokenizer: Tokenizer, snippet_id: str, prompt: str, lines: Sequence[tuple[str | None, str]]
+    ) -> Snippet:
+        """Tokenise segment by segment; `lines` are (native rationale text or None, line text) pairs."""
+        ending = "" if self.surface == "newline" else "\n"
+        ids = tuple(tuple(tokenizer.encode(text + ending)) for _, text in lines)
+        native = tuple(None if text is None else tuple(tokenizer.encode(text)) for text, _ in lines)
+        if self.conditions_line and any(line[:1] == self.think_suffix for line in ids):
+            raise ValueError(
+                f"snippet {snippet_id}: a line starts with '#', which the newline form reads as a rationale; "
+                "use latents.comments=observe or strip, or latents.surface=special"
+            )
+        return Snippet(snippet_id, self.start + tuple(tokenizer.encode(prompt)), ids, native)
+
+    def begin(self, snippet: Snippet) -> Trajectory:
+        """A trajectory holding only the prompt."""
+        trajectory = Trajectory(snippet.snippet_id)
+        trajectory.append(Kind.PROMPT, -1, snippet.prompt)
+        return trajectory
+
+    def append_act(
+        self,
+        trajectory: Trajectory,
+        line: Sequence[int],
+        *,
+        logprob: float | None = None,
+        weight_version: int = 0,
+    ) -> None:
+        """Write `<act>` and the next line; `logprob` is the gate's (None: the gate was not sampled)."""
+        self._append_gate(trajectory, think=False, logprob=logprob, weight_version=weight_version)
+        self._finish(trajectory, line, think=False, well_formed=True)
+
+    def append_think(self, trajectory: Trajectory, *, logprob: float | None = None, weight_version: int = 0) -> None:
+        """Write the opening of `<think>`; the rationale and the line follow with `append_rationale`."""
+        self._append_gate(trajectory, think=True, logprob=logprob, weight_version=weight_version)
+
+    def append_rationale(
+        self,
+        trajectory: Trajectory,
+        rationale: Sequence[int],
+        line: Sequence[int],
+        *,
+        logprobs: Sequence[float] | None = None,
+        weight_version: int = 0,
+    ) -> None:
+        """Write a rationale, close it if its last token does not, and write the line.
+
+        Nothing sampled is dropped: a rationale cut by the cap, or ended by a token that is no proper close, stays in
+        the context and is marked as not well formed (method.md 3, format reward).
+        """
+        index = trajectory.num_lines
+        closed = bool(rationale) and rationale[-1] in self.close_ids
+        content = rationale[:-1] if closed else rationale
+        trajectory.append(Kind.RATIONALE, index, rationale, logprobs=logprobs, weight_version=weight_version)
+        if not closed:
+            trajectory.append(Kind.RATIONALE, index, self.close)
+        has_text = any(token not in self.blank_ids for token in content)
+        complete = closed or logprobs is None
+        clean = not any(token in self.stop_ids for token in content)
+        self._finish(trajectory, line, think=True, well_formed=complete and clean and has_text)
+
+    def render(self, snippet: Snippet, *, observe: bool) -> Trajectory:
+        """Annotate without sampling: every latent `<act>` (NTP), or native comments observed as `<think>`."""
+        trajectory = self.begin(snippet)
+        for line, native in zip(snippet.lines, snippet.native, strict=True):
+            if observe and native is not None:
+                self.append_think(trajectory)
+                self.append_rationale(trajectory, native, line)
+            else:
+                self.append_act(trajectory, line)
+        return trajectory
+
+    def _append_gate(self, trajectory: Trajectory, *, think: bool, logprob: float | None, weight_version: int) -> None:
+        tokens = self.gate_prefix + (self.think_suffix if think else self.act_suffix)
+        index = trajectory.num_lines
+        trajectory.append(Kind.GATE, index, tokens[:-1], weight_version=weight_version)
+        trajectory.append(
+            Kind.GATE,
+            index,
+            tokens[-1:],
+            logprobs=None if logprob is None else [logprob],
+            weight_version=weight_version,
+        )
+
+    def _finish(self, trajectory: Trajectory, line: Sequence[int], *, think: bool, well_formed: bool) -> None:
+        trajectory.append(Kind.LINE, trajectory.num_lines, line)
+        trajectory.thought.append(think)
+        trajectory.well_formed.append(well_formed)
+
+
+def _single(tokenizer: Tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ValueError(
+            f"tokenizer: {text!r} must be one token for the newline form but is {len(ids)}; "
+            "use latents.surface=special or a byte-level tokenizer"
+        )
+    return ids[0]

@@ -1,0 +1,70 @@
+"""M-step, warm-up and NTP: next-token training on annotated snippets, and its held-out measure (method.md 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_ra3 import objective
+from megatron_ra3.batching import TokenBatch, original_tokens, pack
+from megatron_ra3.latents import LatentFormat, Trajectory
+from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.model.trainer import Trainer
+from megatron_ra3.report.metrics import global_means
+
+
+class NextToken:
+    """Next-token training; NTP is the case in which every latent is `<act>`."""
+
+    def __init__(
+        self, trainer: Trainer, layout: ParallelLayout, latent_format: LatentFormat, micro_batch_tokens: int
+    ) -> None:
+        self.trainer = trainer
+        self.layout = layout
+        self.format = latent_format
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def update(self, trajectories: Sequence[Trajectory], *, latent_weight: float, lr: float) -> dict[str, float]:
+        """One optimizer step on this replica's annotated snippets; metrics over all replicas, log-probs in nats."""
+        batches = self._batches(trajectories, latent_weight)
+        global_weight = self.layout.sum_number_over_dp(sum(float(batch.weights.sum()) for batch in batches))
+
+        def loss(index: int, logprobs: Tensor) -> Tensor:
+            weights = batches[index].weights.to(logprobs.device)
+            return objective.next_token_loss(logprobs, weights, global_weight=global_weight)
+
+        result = self.trainer.step([batch.micro_batch for batch in batches], loss, lr=lr)
+        tokens = self.layout.sum_number_over_dp(sum(len(batch.weights) for batch in batches))
+        return result | {"tokens": tokens, "lr": lr} | _latent_means(self.layout, trajectories)
+
+    def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Held-out nats, without training.
+
+        `nats_per_code_token` charges gates and rationales too, over original code tokens; `nats_code_only` leaves
+        their cost out; `nats_per_token` is the plain mean that comment tokens dilute.
+        """
+        batches = self._batches(trajectories, latent_weight=1.0)
+        scored = [values.cpu().double() for values in self.trainer.score([batch.micro_batch for batch in batches])]
+        nats = -float(sum(values.sum() for values in scored))
+        code = -float(sum(values[batch.is_code].sum() for batch, values in zip(batches, scored, strict=True)))
+        original = float(original_tokens(trajectories, self.format))
+        sums = {
+            "nats_per_code_token": (nats, original),
+            "nats_code_only": (code, original),
+            "nats_per_token": (nats, float(sum(map(len, scored)))),
+        }
+        return global_means(self.layout, sums) | _latent_means(self.layout, trajectories)
+
+    def _batches(self, trajectories: Sequence[Trajectory], latent_weight: float) -> list[TokenBatch]:
+        packing = pack([len(item.token_ids) for item in trajectories], self.micro_batch_tokens)
+        return [TokenBatch([trajectories[i] for i in indices], latent_weight=latent_weight) for indices in packing]
+
+
+def _latent_means(layout: ParallelLayout, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    thinks = float(sum(sum(item.thought) for item in trajectories))
+    sums = {
+        "think_rate": (thinks, float(sum(item.num_lines for item in trajectories))),
+        "rationale_tokens": (float(sum(item.num_rationale_tokens for item in trajectories)), thinks),
+    }
+    return global_means(layout, sums)

@@ -1,0 +1,1 @@
+"""What a run tells its operator: metrics, samples and the final table."""

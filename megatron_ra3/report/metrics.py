@@ -1,0 +1,111 @@
+"""Metrics: one JSON line and one aligned text line per step, a progress bar on a terminal, wandb when asked.
+
+Means are formed from global sums and counts, never from means of means, so a metric does not depend on how the
+batch was split. The file can be cut back to a checkpoint, so a resumed run leaves no step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from megatron_ra3.model.parallel import ParallelLayout
+
+SHOWN = {
+    "loss": "9.4f",
+    "reward": "8.4f",
+    "nats_per_code_token": "7.4f",
+    "think_rate": "6.3f",
+    "rationale_tokens": "5.1f",
+    "mismatch": "8.1e",
+    "effective_samples": "5.3f",
+    "grad_norm": "8.3f",
+    "tokens": "8.0f",
+    "seconds": "6.2f",
+}
+"""Metrics of the text line, in order, with their formats."""
+
+
+def global_means(layout: ParallelLayout, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Reduce {name: (sum, count)} over data-parallel replicas to {name: sum/count}; a zero count gives 0."""
+    import torch
+
+    names = sorted(sums)
+    local = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=layout.device)
+    total = layout.sum_over_dp(local).tolist()
+    return {name: value / count if count else 0.0 for name, (value, count) in zip(names, total, strict=True)}
+
+
+class MetricsLog:
+    """Writer of `metrics.jsonl`; ranks other than the first write nothing.
+
+    Args:
+        folder: the run folder.
+        total_steps: steps of the whole run, for the progress bar.
+        writes: this process writes (global rank 0).
+        wandb_project: empty, or where to log besides.
+        settings: the run's configuration, shown in wandb.
+    """
+
+    def __init__(
+        self, folder: Path, *, total_steps: int, writes: bool, wandb_project: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._writes = writes
+        self._wandb: Any = None
+        self._bar: tqdm[Any] | None = None
+        if not writes:
+            return
+        self._file = self.path.open("a", encoding="utf-8")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=dict(settings))
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell() if self._writes else 0
+
+    def rewind(self, offset: int, step: int) -> None:
+        """Cut the file back to `offset` bytes, as it stood after `step` steps."""
+        if self._writes:
+            self._file.truncate(offset)
+            self._file.seek(0, os.SEEK_END)
+            if self._bar is not None:
+                self._bar.update(step)
+
+    def write(self, label: str, record: Mapping[str, Any]) -> None:
+        """Append one step's metrics and print its line, which `label` opens."""
+        if not self._writes:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        shown = [f"{name} {record[name]:{form}}" for name, form in SHOWN.items() if name in record]
+        line = f"{time.strftime('%H:%M:%S')} {label:<22} " + "  ".join(shown)
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+            self._bar.update()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._writes:
+            self._file.close()
+            if self._bar is not None:
+                self._bar.close()
+            if self._wandb is not None:
+                self._wandb.finish()

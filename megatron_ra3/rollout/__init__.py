@@ -1,0 +1,1 @@
+"""Sampling of latents: engines, the sampler, the fleet and weight sync."""
