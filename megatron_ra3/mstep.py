@@ -36,7 +36,7 @@ class NextToken:
 
         result = self.trainer.step([batch.micro_batch for batch in batches], loss, lr=lr)
         tokens = self.layout.sum_number_over_dp(sum(len(batch.weights) for batch in batches))
-        return result | {"tokens": tokens, "lr": lr} | _latent_means(self.layout, trajectories)
+        return result | {"tokens": tokens, "lr": lr} | latent_means(self.layout, trajectories)
 
     def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Held-out nats, without training.
@@ -54,14 +54,15 @@ class NextToken:
             "nats_code_only": (code, original),
             "nats_per_token": (nats, float(sum(map(len, scored)))),
         }
-        return global_means(self.layout, sums) | _latent_means(self.layout, trajectories)
+        return global_means(self.layout, sums) | latent_means(self.layout, trajectories)
 
     def _batches(self, trajectories: Sequence[Trajectory], latent_weight: float) -> list[TokenBatch]:
         packing = pack([len(item.token_ids) for item in trajectories], self.micro_batch_tokens)
         return [TokenBatch([trajectories[i] for i in indices], latent_weight=latent_weight) for indices in packing]
 
 
-def _latent_means(layout: ParallelLayout, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def latent_means(layout: ParallelLayout, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Think rate per line and mean rationale tokens per rationale, over all replicas."""
     thinks = float(sum(sum(item.thought) for item in trajectories))
     sums = {
         "think_rate": (thinks, float(sum(item.num_lines for item in trajectories))),

@@ -1,0 +1,110 @@
+"""The `ra3` command. Each subcommand parses its arguments and hands over; user errors end in one line, not a trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ra3 import __version__
+from megatron_ra3.config import load_config
+from megatron_ra3.rollout.engine import EngineError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (2: bad input, 75: stopped on purpose, start again to go on)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, OSError, EngineError) as error:
+        print(f"ra3 {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
+
+    parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    prepare = commands.add_parser("prepare", help="turn a folder of Python files into a corpus of shards")
+    add_prepare_arguments(prepare)
+    prepare.set_defaults(run=run_prepare)
+
+    for name, run, text in (
+        ("midtrain", _midtrain, "run or resume mid-training (under torchrun or srun for several ranks)"),
+        ("serve", _serve, "serve the model to trainers on this node"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", type=Path, help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="for instance estep.penalty=0.05")
+        command.set_defaults(run=run)
+
+    exporting = commands.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
+    exporting.add_argument("config", type=Path, help="YAML file of the run")
+    exporting.add_argument("out", type=Path, help="new folder")
+    exporting.add_argument("overrides", nargs="*", metavar="key=value")
+    exporting.set_defaults(run=_export)
+
+    importing = commands.add_parser("import", help="write a Hugging Face folder as a run's first checkpoint")
+    importing.add_argument("config", type=Path, help="YAML file of the run; model.folder is what is imported")
+    importing.add_argument("overrides", nargs="*", metavar="key=value")
+    importing.set_defaults(run=_import)
+
+    report = commands.add_parser("report", help="compare finished runs in a table")
+    report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
+    report.add_argument("--out", type=Path, help="also write the figures as JSON")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _midtrain(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_ra3.em import midtrain
+    from megatron_ra3.run import StopRequestedError
+
+    try:
+        midtrain(config)
+    except StopRequestedError as stop:
+        print(stop, flush=True)
+        return 75
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_ra3.rollout.fleet import serve
+
+    return serve(config)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_ra3.run import export_checkpoint
+
+    print(f"exported {export_checkpoint(config, arguments.out)} to {arguments.out}")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_ra3.run import import_checkpoint
+
+    print(f"imported {config.model.folder} as {import_checkpoint(config)}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_ra3.report.summary import summarize, table
+
+    pairs = [item.partition("=") for item in arguments.runs]
+    if any(not folder for _, _, folder in pairs):
+        raise ValueError(f"runs {arguments.runs}: write each as name=RUN_FOLDER")
+    summary = summarize({name: Path(folder) for name, _, folder in pairs})
+    print(table(summary))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,122 @@
+"""Cuts files into snippets short enough for one training sequence, at places where a reader would cut too.
+
+Cutting at a fixed number of lines would start most snippets inside a function whose signature is out of sight.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ra3.corpus.lines import CodeLine
+
+_INSIDE_A_BLOCK = re.compile(r"\s|(elif|else|except|finally)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class SnippetRecord:
+    """One sample of the corpus: an expert trajectory of code lines after an optional prompt."""
+
+    id: str
+    source: str
+    prompt: str
+    lines: tuple[CodeLine, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values, lines as [trivia, code] pairs."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "prompt": self.prompt,
+            "lines": [[line.trivia, line.code] for line in self.lines],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "SnippetRecord":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong type.
+        """
+        fields = {"id", "source", "prompt", "lines"}
+        if not isinstance(data, dict) or set(data) != fields:
+            found = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"a snippet must have exactly the fields {sorted(fields)}, found {found}")
+        for name in ("id", "source", "prompt"):
+            if not isinstance(data[name], str):
+                raise ValueError(f"snippet field {name!r} must be a string, found {data[name]!r}")
+        if not isinstance(data["lines"], list) or not data["lines"] or not all(map(_is_pair, data["lines"])):
+            raise ValueError(f"snippet {data['id']!r}: 'lines' must be a non-empty list of [trivia, code] strings")
+        lines = tuple(CodeLine(trivia, code) for trivia, code in data["lines"])
+        return cls(data["id"], data["source"], data["prompt"], lines)
+
+
+@dataclass(frozen=True, slots=True)
+class SnippetLimits:
+    """How large a snippet may be: in logical lines and in characters, trivia and newlines included."""
+
+    max_lines: int = 40
+    max_chars: int = 2048
+    min_lines: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_lines <= self.max_lines:
+            raise ValueError(
+                f"need 1 <= min_lines <= max_lines, found min_lines={self.min_lines}, max_lines={self.max_lines}"
+            )
+        if self.max_chars < 1:
+            raise ValueError(f"max_chars must be at least 1, found {self.max_chars}")
+
+
+def cut_snippets(
+    lines: Sequence[CodeLine], *, source: str, file_sha256: str, limits: SnippetLimits
+) -> tuple[list[SnippetRecord], Counter[str]]:
+    """Cuts a file's lines into contiguous snippets, each as full as the limits allow.
+
+    A snippet that cannot reach the end of the file ends before a top-level statement if there is one in its second
+    half. A line too long for any snippet is dropped, and so is a snippet with fewer than `min_lines` lines.
+
+    Returns:
+        The snippets in file order, and how many lines (`line_too_long`) and snippets (`snippet_too_short`) are gone.
+    """
+    lines = [line for line in lines if line.code]
+    snippets: list[SnippetRecord] = []
+    dropped: Counter[str] = Counter()
+    start = 0
+    while start < len(lines):
+        end = _snippet_end(lines, start, limits)
+        if end == start:
+            dropped["line_too_long"] += 1
+            start += 1
+            continue
+        if end - start < limits.min_lines:
+            dropped["snippet_too_short"] += 1
+        else:
+            snippet_id = f"{file_sha256[:16]}-{len(snippets):04d}"
+            snippets.append(SnippetRecord(snippet_id, source, "", tuple(lines[start:end])))
+        start = end
+    return snippets, dropped
+
+
+def num_chars(line: CodeLine) -> int:
+    """Characters of a line, its trivia and its newline included."""
+    return len(line.trivia) + len(line.code) + 1
+
+
+def _snippet_end(lines: Sequence[CodeLine], start: int, limits: SnippetLimits) -> int:
+    """Index one past the last line of the snippet that begins at `start`; `start` itself if not even one line fits."""
+    boundary = None
+    chars = 0
+    for end in range(start, len(lines)):
+        half_full = 2 * (end - start) >= limits.max_lines or 2 * chars >= limits.max_chars
+        if half_full and not _INSIDE_A_BLOCK.match(lines[end].code):
+            boundary = end
+        chars += num_chars(lines[end])
+        if end - start == limits.max_lines or chars > limits.max_chars:
+            return boundary or end
+    return len(lines)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)

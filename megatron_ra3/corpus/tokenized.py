@@ -1,0 +1,49 @@
+"""From records of a shard to tokenised snippets that fit the sequence length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ra3.corpus.lines import CommentMode, annotate
+from megatron_ra3.corpus.snippets import SnippetRecord
+from megatron_ra3.latents import LatentFormat, Snippet, Tokenizer
+
+
+class SnippetTokenizer:
+    """Tokenises records segment by segment and cuts them to `max_tokens`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        latent_format: surface form of the latents.
+        comments: what native full-line comments become.
+        max_tokens: tokens of a snippet at most, with `<act>` before every line.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, latent_format: LatentFormat, comments: CommentMode, max_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.format = latent_format
+        self.comments = comments
+        self.max_tokens = max_tokens
+
+    def snippets(self, records: Sequence[SnippetRecord]) -> list[Snippet]:
+        """Tokenise `records`; one whose very first line does not fit is left out."""
+        return [snippet for snippet in map(self._snippet, records) if snippet is not None]
+
+    def _snippet(self, record: SnippetRecord) -> Snippet | None:
+        lines = [annotate(line, self.comments) for line in record.lines if line.code]
+        if not lines:
+            return None
+        whole = self.format.tokenize(self.tokenizer, record.id, record.prompt, lines)
+        gate_tokens = len(self.format.gate_prefix) + len(self.format.act_suffix)
+        room = self.max_tokens - len(whole.prompt)
+        kept = 0
+        for line in whole.lines:
+            room -= gate_tokens + len(line)
+            if room < 0:
+                break
+            kept += 1
+        if not kept:
+            return None
+        return Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], whole.native[:kept])

@@ -1,0 +1,1 @@
+"""The Megatron-Core side: build, import and export, score, train, save."""

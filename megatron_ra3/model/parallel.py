@@ -1,0 +1,177 @@
+"""Who computes what: tensor, pipeline and data parallel ranks over torch.distributed and Megatron's parallel state.
+
+A replica is the tp·pp ranks that hold one copy of the model. All of them must see the same micro-batches, otherwise
+collectives mix unrelated data; only the replica's leader reads data and talks to engines, the others receive from it.
+"""
+
+import dataclasses
+import datetime as dt
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ra3.model import cpu
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelLayout:
+    """The place of one rank. `rank` counts all processes; the others count within their group."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+    replica_group: ProcessGroup
+    control_group: ProcessGroup
+    timeout_s: float
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The one rank of a replica that reads data and talks to engines."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding is."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the output layer is."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's model lives."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """Return the leader's picklable `value` on every rank of its replica; the others' argument is ignored."""
+        if self.tp_size * self.pp_size == 1:
+            return value
+        box = [value if self.is_replica_leader else None]
+        dist.broadcast_object_list(
+            box, src=dist.get_process_group_ranks(self.replica_group)[0], group=self.replica_group
+        )
+        return box[0]
+
+    def broadcast_from_last_stage(self, value: Tensor) -> Tensor:
+        """Overwrite `value` [same shape and type on all stages] with the last stage's and return it."""
+        if self.pp_size > 1:
+            dist.broadcast(value, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+        return value
+
+    def sum_over_dp(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over the replicas; every rank must call. The argument is not changed."""
+        total = value.detach().clone()
+        if self.dp_size > 1:
+            dist.all_reduce(total, group=self.dp_group)
+        return total
+
+    def sum_number_over_dp(self, value: float) -> float:
+        """Return the sum of one number (fp64) over the replicas; every rank must call."""
+        return float(self.sum_over_dp(torch.tensor(value, dtype=torch.float64, device=self.device)).item())
+
+    def gather_from_leaders(self, value: Any) -> list[Any]:
+        """Return the picklable `value` of every replica's leader, in data-parallel order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, (self.dp_rank, self.is_replica_leader, value), group=self.control_group)
+        return [item for _, leads, item in sorted(gathered, key=lambda entry: entry[0]) if leads]
+
+    def barrier(self, name: str) -> None:
+        """Wait for all ranks. RuntimeError after `timeout_s`, naming `name` and the first rank that is missing."""
+        if self.world_size == 1:
+            return
+        try:
+            dist.monitored_barrier(self.control_group, timeout=dt.timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:
+            raise RuntimeError(f"barrier {name!r} failed after at most {self.timeout_s} s: {error}") from error
+
+
+def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayout:
+    """Join the process group, split it into tp x pp x dp ranks, and seed every generator with `seed`.
+
+    Under torchrun or srun the rendezvous comes from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; without RANK this is a
+    single process. Backend: nccl with CUDA, gloo without. Called again, it re-splits the same world. `timeout_s` bounds
+    every collective. ValueError: tp·pp does not divide the number of processes.
+    """
+    cpu.enable()
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = dt.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        _join(timeout)
+    world_size = dist.get_world_size()
+    if tp < 1 or pp < 1 or world_size % (tp * pp):
+        raise ValueError(
+            f"{world_size} processes cannot be split into replicas of tp={tp} x pp={pp}: "
+            f"start a multiple of {max(tp * pp, 1)} processes or lower tp or pp"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    _seed(seed, tensor_parallel)
+    on_gloo = dist.get_backend() == "gloo"
+    return ParallelLayout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=world_size // (tp * pp),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
+        control_group=dist.group.WORLD if on_gloo else dist.new_group(backend="gloo", timeout=timeout),
+        timeout_s=timeout_s,
+    )
+
+
+def destroy() -> None:
+    """Leave all process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(timeout: dt.timedelta) -> None:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _seed(seed: int, tensor_parallel: Any) -> None:
+    """Seed torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    else:
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)

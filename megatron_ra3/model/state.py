@@ -1,0 +1,99 @@
+"""Save and load everything that the next optimizer step depends on: weights, optimizer, and random generators.
+
+Goes through Megatron's dist_checkpointing (torch_dist format): every rank writes its own shard. A run that saves,
+dies and loads continues bit for bit. The optimizer is stored per parameter and unsharded ("fully reshardable").
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ra3.model.build import RA3Model
+from megatron_ra3.model.parallel import ParallelLayout
+
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
+    """Write the training state into `folder`, which is created and must be empty; collective over all ranks.
+
+    The folder is complete only when all ranks have returned: the caller marks it valid afterwards.
+    FileExistsError: the folder holds something. OSError: it cannot be written.
+    """
+    from megatron.core import dist_checkpointing
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    occupied = any(target.iterdir())
+    model.layout.barrier("checkpoint folder")
+    if occupied:
+        raise FileExistsError(f"checkpoint folder {target} is not empty: remove it or choose another")
+    state = _sharded_state(model, optimizer, is_loading=False)
+    dist_checkpointing.save(state, str(target), content_metadata=dict(_METADATA))
+
+
+def load_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
+    """Restore what `save_state` wrote, into a model and optimizer built with the same config; collective over all ranks.
+
+    The parallel layout must be the one that saved (the generators of every rank are restored).
+    FileNotFoundError: no complete checkpoint in `folder`.
+    """
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise FileNotFoundError(f"{folder} holds no complete training state: its metadata.json is missing")
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    _set_generators(state["generators"])
+
+
+def _sharded_state(model: RA3Model, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    metadata = dict(_METADATA)
+    weights = model.module.sharded_state_dict(metadata=metadata)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
+        "generators": _per_rank("generators", _generators(), model.layout, ShardedObject),
+    }
+
+
+def _per_rank(key: str, value: Any, layout: ParallelLayout, sharded_object: Any) -> Any:
+    return sharded_object(key, value, (layout.world_size,), (layout.rank,), replica_id=0)
+
+
+def _generators() -> dict[str, Any]:
+    """States of all generators of this rank: python, numpy, torch, and on a GPU CUDA's and Megatron's tracker."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+        states["tracker"] = get_cuda_rng_tracker().get_states()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+        get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,211 @@
+"""The seam between the losses and Megatron: score tokens, look at a few logits, take one optimizer step.
+
+Everything above works with log-probabilities of chosen tokens; everything below (stages, shards, replicas, schedules,
+gradient reduction) stays here. Losses are sums that the caller has divided by global counts, so the number and size of
+micro-batches and replicas change nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ra3.kernels import linear_logprob
+from megatron_ra3.model.build import RA3Model
+from megatron_ra3.model.parallel import ParallelLayout
+
+LossFn = Callable[[int, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Sequences, and the tokens in them whose log-probability matters.
+
+    token_ids: [b, s] int64, right-padded with any valid id. rows: [K] int64, flat index b_index·s + position of the
+    hidden state that predicts the token. targets: [K] int64, the tokens. K may be 0.
+    """
+
+    token_ids: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return a copy on `device`."""
+        return MicroBatch(self.token_ids.to(device), self.rows.to(device), self.targets.to(device))
+
+
+def build_optimizer(
+    model: RA3Model,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_grad: float = 1.0,
+    distributed: bool = False,
+) -> Any:
+    """Return Megatron's optimizer (AdamW, fp32 state) for `model`, whose weights must already be imported.
+
+    Norms and biases are not decayed. `clip_grad` bounds the global gradient norm; 0 switches clipping off.
+    `distributed` shards the state over replicas and must equal `build_model`'s `distributed_optimizer`.
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    if distributed != model.ddp.ddp_config.use_distributed_optimizer:
+        raise ValueError(
+            f"distributed={distributed} but the model was built with distributed_optimizer={not distributed}: use one value"
+        )
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=lr,
+        weight_decay=weight_decay,
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
+        adam_eps=eps,
+        clip_grad=clip_grad,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=distributed,
+    )
+    return get_megatron_optimizer(config, [model.ddp], use_gloo_process_groups=False)
+
+
+class Trainer:
+    """Scores and trains one model. All methods are collective over the replica, `step` over all ranks.
+
+    Every rank of a replica must pass the same micro-batches.
+    """
+
+    def __init__(self, model: RA3Model, optimizer: Any, layout: ParallelLayout) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.layout = layout
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Return log p(target) per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
+        outputs = self._forward(micro_batches, self._logprob)
+        shapes = [batch.rows.shape for batch in micro_batches]
+        return self._from_last_stage(outputs, [tuple(shape) for shape in shapes])
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor, rows: Tensor) -> Tensor:
+        """Return fp32 logits [K, vocab] at `rows` (see MicroBatch) of `token_ids` [b, s], on every rank of the replica.
+
+        Holds K·vocab floats: meant for the next token of a few sequences.
+        """
+        batch = MicroBatch(token_ids, rows, torch.zeros_like(rows))
+        outputs = self._forward([batch], self._full_logits)
+        return self._from_last_stage(outputs, [(rows.numel(), self.model.vocab_size)])[0]
+
+    def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, lr: float) -> dict[str, float]:
+        """Take one optimizer step; return `loss` (summed over micro-batches and replicas) and `grad_norm`, same on all ranks.
+
+        `loss_fn(i, logprobs [K])` returns the scalar loss of micro-batch i, already divided by GLOBAL counts; it is
+        called on the last stage only and must depend on nothing else. Every replica must pass equally many (at least
+        one) micro-batches; a replica with less work passes ones with K = 0, whose loss is an empty sum. `grad_norm` is
+        the norm before clipping. ValueError: no micro-batch, or counts differ. RuntimeError: the loss is not finite.
+        """
+        self._require_equal_counts(len(micro_batches))
+        self.model.ddp.train()
+        self.model.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._schedule(micro_batches, self._loss_closures(loss_fn), forward_only=False)
+        own = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        if losses:
+            own = torch.stack(losses).double().sum()
+        loss = float(self.layout.sum_over_dp(self.layout.broadcast_from_last_stage(own)).item())
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RuntimeError(f"loss is {loss}: the step was not taken, the weights are unchanged")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        updated, grad_norm, _ = self.optimizer.step()
+        if not updated:
+            raise RuntimeError("gradients are not finite: the step was not taken, the weights are unchanged")
+        return {"loss": loss, "grad_norm": float(grad_norm)}
+
+    def _loss_closures(self, loss_fn: LossFn) -> Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs = self._logprob(batch, hidden)
+            value = loss_fn(index, logprobs) if logprobs.numel() else logprobs.sum()
+            no_count = torch.zeros((), dtype=torch.int, device=value.device)
+            return value, no_count, value.detach().clone()
+
+        return loss
+
+    def _forward(
+        self, micro_batches: Sequence[MicroBatch], head: Callable[[MicroBatch, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Run the pipeline without gradients; the last stage gets head's result per micro-batch, others nothing."""
+        if not micro_batches:
+            return []
+        self.model.ddp.eval()
+
+        def outputs(_index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            zero = torch.zeros((), device=hidden.device)
+            return zero, zero.int(), head(batch, hidden)
+
+        return self._schedule(micro_batches, outputs, forward_only=True)
+
+    def _schedule(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        head: Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]],
+        *,
+        forward_only: bool,
+    ) -> list[Tensor]:
+        """Let Megatron's pipeline schedule run; return the third of head's results per micro-batch (last stage)."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(data: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            index, batch = next(data)
+            positions = torch.arange(batch.token_ids.shape[1], device=self.layout.device).expand_as(batch.token_ids)
+            hidden = model(batch.token_ids, positions, None)
+            return hidden, lambda final: head(index, batch, final)
+
+        on_device: Iterable[MicroBatch] = (batch.to(self.layout.device) for batch in micro_batches)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(enumerate(on_device)),
+            model=[self.model.ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].token_ids.shape[1],
+            micro_batch_size=micro_batches[0].token_ids.shape[0],
+            forward_only=forward_only,
+        )
+
+    def _logprob(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        return linear_logprob(
+            _select(hidden, batch.rows),
+            self.model.module.head_weight(),
+            batch.targets,
+            tp_group=self.layout.tp_group,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _full_logits(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        local = _select(hidden, batch.rows).float() @ self.model.module.head_weight().float().T
+        parts = [torch.empty_like(local) for _ in range(self.layout.tp_size)]
+        torch.distributed.all_gather(parts, local, group=self.layout.tp_group)
+        return torch.cat(parts, dim=1)[:, : self.model.vocab_size].contiguous()
+
+    def _from_last_stage(self, outputs: list[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        if not self.layout.is_last_stage:
+            outputs = [torch.empty(shape, device=self.layout.device) for shape in shapes]
+        return [self.layout.broadcast_from_last_stage(output) for output in outputs]
+
+    def _require_equal_counts(self, count: int) -> None:
+        total = self.layout.sum_number_over_dp(count)
+        if count == 0 or total != count * self.layout.dp_size:
+            raise ValueError(
+                f"replica {self.layout.dp_rank} has {count} micro-batches, all {self.layout.dp_size} together {total:.0f}: "
+                "every replica needs the same number, at least one; pad with micro-batches without targets"
+            )
+
+
+def _select(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Pick rows [K] of hidden [s, b, H] in batch-major order."""
+    return hidden.transpose(0, 1).flatten(0, 1).index_select(0, rows)

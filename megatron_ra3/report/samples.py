@@ -1,0 +1,67 @@
+"""Annotated snippets for people: text next to the decisions behind it, one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_ra3.latents import Kind, Trajectory
+
+
+class Decoder(Protocol):
+    """The half of a tokenizer that this module needs."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+
+
+class SampleLog:
+    """Writer of `samples.jsonl`; processes with `writes=False` write nothing."""
+
+    def __init__(self, folder: Path, tokenizer: Decoder, *, writes: bool) -> None:
+        self._tokenizer = tokenizer
+        self._writes = writes
+        if writes:
+            self._file = (folder / "samples.jsonl").open("a", encoding="utf-8")
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell() if self._writes else 0
+
+    def rewind(self, offset: int) -> None:
+        """Cut the file back to `offset` bytes."""
+        if self._writes:
+            self._file.truncate(offset)
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        """Append trajectories as (text, rationales with their line and log-prob in nats)."""
+        if not self._writes:
+            return
+        for item in trajectories:
+            code = [token for token, kind in zip(item.token_ids, item.kinds, strict=True) if kind != Kind.PROMPT]
+            record = {
+                "step": step,
+                "snippet_id": item.snippet_id,
+                "text": self._tokenizer.decode(code),
+                "rationales": [self._rationale(item, line) for line, thought in enumerate(item.thought) if thought],
+            }
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _rationale(self, item: Trajectory, line: int) -> dict[str, object]:
+        at = [
+            index
+            for index, (kind, of_line) in enumerate(zip(item.kinds, item.line_index, strict=True))
+            if kind == Kind.RATIONALE and of_line == line
+        ]
+        return {
+            "line": line,
+            "text": self._tokenizer.decode([item.token_ids[index] for index in at]),
+            "logprob": sum(item.engine_logprobs[index] for index in at if item.sampled[index]),
+            "well_formed": item.well_formed[line],
+        }

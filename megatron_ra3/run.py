@@ -1,0 +1,349 @@
+"""One run, assembled: ranks, model, corpus, engine, logs and checkpoints, with nothing left to decide.
+
+`em.py` says what happens; this module owns what it happens to. Everything that must survive a restart is listed in
+`_manifest` and read back in `_restore`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megatron_ra3.annotated import AnnotatedStore
+from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, read_manifest
+from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.corpus.stream import ShardStream
+from megatron_ra3.corpus.tokenized import SnippetTokenizer
+from megatron_ra3.corpus.tokenizer import load_tokenizer
+from megatron_ra3.estep import EStep
+from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
+from megatron_ra3.model import names, parallel, state
+from megatron_ra3.model.build import build_model
+from megatron_ra3.model.trainer import Trainer, build_optimizer
+from megatron_ra3.mstep import NextToken, latent_means
+from megatron_ra3.report.metrics import MetricsLog, global_means
+from megatron_ra3.report.samples import SampleLog
+from megatron_ra3.rollout.fleet import ServedEngine, open_engine
+from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
+from megatron_ra3.schedule import Phase, Progress, phases
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class StopRequestedError(Exception):
+    """`checkpoint.stop_after_steps` was reached; the state is saved."""
+
+
+class Run:
+    """Context manager around everything a run uses; resumes from its newest checkpoint on entry."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.run_folder)
+        self.layout = parallel.initialize(
+            config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
+        )
+        self._check_batch_sizes()
+        if self.layout.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.layout.barrier("run folder")
+        tokenizer = load_tokenizer(config.tokenizer_folder)
+        self.format = LatentFormat.build(config.latents.surface, tokenizer)
+        self.tokenized = SnippetTokenizer(
+            tokenizer, self.format, config.latents.comments, config.corpus.max_snippet_tokens
+        )
+        self.samples = SampleLog(self.folder, tokenizer, writes=self.layout.rank == 0)
+        self.train = self._stream("train")
+        self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{self.layout.dp_rank:05d}.jsonl")
+        self._build_model(tokenizer.vocab_size)
+        self.progress = Progress()
+        self.phases = phases(config)
+        self.metrics = MetricsLog(
+            self.folder,
+            total_steps=sum(phase.steps for phase in self.phases),
+            writes=self.layout.rank == 0,
+            wandb_project=config.logging.wandb_project,
+            settings=to_dict(config),
+        )
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=self.layout
+        )
+        self._identity = identity(
+            config,
+            self.layout,
+            corpus=_sha256(Path(config.corpus.folder) / "manifest.json"),
+            tokenizer=tokenizer.fingerprint,
+        )
+        self._engine: ServedEngine | None = None
+        self._samplers: dict[int, Sampler] = {}
+        self._think_rates: dict[int, float] = {}
+        self._steps_here = 0
+        self._step_started = time.monotonic()
+        self._last: dict[str, dict[str, float]] = {}
+
+    def __enter__(self) -> Self:
+        self._restore()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self.metrics.close()
+        parallel.destroy()
+
+    # Phases and steps
+
+    def remaining_phases(self) -> Iterator[Phase]:
+        """Phases from where the run stands."""
+        while self.progress.phase < len(self.phases):
+            yield self.phases[self.progress.phase]
+            self.progress.phase += 1
+            self.progress.step = self.progress.phase_tokens = 0
+
+    def remaining_steps(self, phase: Phase) -> Iterator[int]:
+        """Step numbers of `phase` that are still to be done."""
+        while self.progress.step < phase.steps:
+            self._step_started = time.monotonic()
+            yield self.progress.step
+
+    def end_phase(self, phase: Phase) -> None:
+        """Let the current step be the last of its phase."""
+        self.progress.step = phase.steps - 1
+
+    def finish_step(self, phase: Phase, metrics: dict[str, float]) -> None:
+        """Count, log and, when due, save a step."""
+        if phase.name not in ("bootstrap", "evaluate"):
+            self.progress.weight_version += 1
+        self.progress.step += 1
+        self.progress.total_steps += 1
+        self._steps_here += 1
+        record: dict[str, Any] = {
+            "step": self.progress.total_steps,
+            "phase": phase.name,
+            "round": phase.round,
+            **metrics,
+            "seconds": time.monotonic() - self._step_started,
+        }
+        self.metrics.write(f"{phase.name} r{phase.round} {self.progress.step}/{phase.steps}", record)
+        self._last[phase.name] = metrics
+        stopping = self._steps_here == self.config.checkpoint.stop_after_steps
+        if stopping or self.progress.total_steps % self.config.checkpoint.every_steps == 0:
+            self.save()
+        if stopping:
+            raise StopRequestedError(f"stopped after {self._steps_here} steps as checkpoint.stop_after_steps asks")
+
+    def finish(self) -> dict[str, Any]:
+        """Save, export to Hugging Face format, and write the run's summary."""
+        self.save()
+        export = self.folder / "export"
+        if not self.layout.broadcast_in_replica(export.exists()):
+            names.save_hf(self.model, export, self.model.hf_config, self.config.tokenizer_folder)
+        summary = {"steps": self.progress.total_steps, "mstep_tokens": self.progress.mstep_tokens, **self._last}
+        if self.layout.rank == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.layout.barrier("summary")
+        return summary
+
+    # Data
+
+    def next_snippets(self, count: int) -> list[Snippet]:
+        """Return this replica's share of the next `count` training snippets."""
+        return self._take(self.train, count)
+
+    def heldout_snippets(self) -> list[Snippet]:
+        """Return this replica's share of the held-out snippets, the same at every evaluation."""
+        return self._take(self._stream("heldout"), self.config.evaluate.snippets)
+
+    def put_annotated(self, trajectories: Sequence[Trajectory]) -> None:
+        """Keep bootstrapped snippets for the M-step."""
+        if self.layout.is_replica_leader:
+            self.annotated.append(trajectories)
+
+    def take_annotated(self, count: int) -> list[Trajectory]:
+        """Return this replica's share of the next `count` bootstrapped snippets."""
+        share = len(range(self.layout.dp_rank, count, self.layout.dp_size))
+        taken = self.annotated.take(share) if self.layout.is_replica_leader else None
+        return self.layout.broadcast_in_replica(taken)
+
+    def write_samples(self, trajectories: Sequence[Trajectory]) -> None:
+        """Show annotated snippets in samples.jsonl."""
+        self.samples.write(self.progress.total_steps, trajectories)
+
+    # Sampling
+
+    def sync_engine(self) -> None:
+        """Bring the current weights to the engine, starting it on first use."""
+        if self._engine is None:
+            self._engine = open_engine(self.config, self.trainer, self.format, self.folder)
+        self._engine.sync(self.progress.weight_version)
+
+    def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
+        """Per snippet its rollouts, the same on every rank of the replica."""
+        assert self._engine is not None, "sync_engine comes first"
+        sampler = self._sampler(rollouts_per_snippet)
+        seed = self.config.seed * 1_000_003 + self.progress.total_steps
+        return self._engine.lead(lambda: sampler.sample(snippets, seed=seed))
+
+    def sampling_metrics(self) -> dict[str, float]:
+        """What the last `sample` call cost, over all replicas, per rollout."""
+        stats = self._samplers[self.config.estep.rollouts_per_snippet].stats
+        requests = float(stats.gate_queries + stats.generate_requests)
+        rollouts = float(self.config.estep.snippets_per_step * self.config.estep.rollouts_per_snippet)
+        if not self.layout.is_replica_leader:
+            requests = 0.0
+        return global_means(self.layout, {"requests_per_rollout": (requests, rollouts / self.layout.dp_size)})
+
+    def latent_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Think rate and mean rationale length over all replicas."""
+        return latent_means(self.layout, trajectories)
+
+    # State
+
+    def restart_from_base(self) -> None:
+        """Put back the weights the run began with; the optimizer starts anew."""
+        names.import_hf(self.model, self._initial_folder)
+        self._build_trainer()
+
+    def save(self) -> None:
+        """Save everything; OSError when the disk refuses, earlier checkpoints stay whole."""
+        self.checkpoints.save(
+            self.progress.total_steps,
+            self._manifest(),
+            lambda folder: state.save_state(folder, self.model, self.trainer.optimizer),
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        rates = {str(rollouts): sampler.think_rate for rollouts, sampler in self._samplers.items()}
+        replica = {"written": self.annotated.written, "read": self.annotated.read, "think_rates": rates}
+        replicas = self.layout.gather_from_leaders(replica)
+        return self._identity | {
+            "progress": self.progress.to_json(),
+            "stream": self.train.state_dict(),
+            "replicas": replicas,
+            "metrics_offset": self.metrics.offset,
+            "samples_offset": self.samples.offset,
+            "last": self._last,
+        }
+
+    def _restore(self) -> None:
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
+            self.metrics.rewind(0, 0)
+            self.samples.rewind(0)
+            return
+        manifest = read_manifest(checkpoint)
+        check_compatible(checkpoint, manifest, self._identity)
+        state.load_state(checkpoint / "state", self.model, self.trainer.optimizer)
+        self.progress = Progress(**manifest["progress"])
+        self.train.load_state_dict(manifest["stream"])
+        replica = manifest["replicas"][self.layout.dp_rank]
+        if self.layout.is_replica_leader:
+            self.annotated.restore(replica["written"], replica["read"])
+        self._think_rates = {int(rollouts): rate for rollouts, rate in replica["think_rates"].items()}
+        self._last = manifest["last"]
+        self.metrics.rewind(manifest["metrics_offset"], self.progress.total_steps)
+        self.samples.rewind(manifest["samples_offset"])
+        if self.layout.rank == 0:
+            print(f"resumed from {checkpoint}", flush=True)
+
+    # Assembly
+
+    def _build_model(self, vocab_size: int) -> None:
+        settings = self.config.model
+        path = Path(settings.folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"model.folder={settings.folder}: has no config.json; give a Hugging Face folder")
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+        self._initial_folder = Path(settings.folder)
+        if settings.init == "random":
+            hf_config["vocab_size"] = vocab_size
+            self._initial_folder = self.folder / "initial"
+            if self.layout.rank == 0 and not self._initial_folder.exists():
+                names.init_hf(self._initial_folder, hf_config, self.config.seed, self.config.tokenizer_folder)
+            self.layout.barrier("initial weights")
+        self._check_model(hf_config, vocab_size)
+        self.model = build_model(
+            hf_config,
+            self.layout,
+            dtype=DTYPES[settings.dtype],
+            distributed_optimizer=self.config.parallel.distributed_optimizer,
+        )
+        names.import_hf(self.model, self._initial_folder)
+        self._build_trainer()
+
+    def _build_trainer(self) -> None:
+        settings = self.config.optimizer
+        optimizer = build_optimizer(
+            self.model,
+            lr=0.0,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad_norm,
+            distributed=self.config.parallel.distributed_optimizer,
+        )
+        tokens = self.config.parallel.micro_batch_tokens
+        self.trainer = Trainer(self.model, optimizer, self.layout)
+        self.estep = EStep(self.config.estep, self.trainer, self.layout, self.format, tokens)
+        self.next_token = NextToken(self.trainer, self.layout, self.format, tokens)
+
+    def _check_model(self, hf_config: dict[str, Any], vocab_size: int) -> None:
+        if hf_config["vocab_size"] < vocab_size:
+            raise ValueError(
+                f"tokenizer {self.config.tokenizer_folder} has {vocab_size} tokens but model.folder="
+                f"{self.config.model.folder} embeds {hf_config['vocab_size']}: give the tokenizer of that model"
+            )
+        longest = hf_config["max_position_embeddings"]
+        if longest < self.config.max_sequence_tokens:
+            raise ValueError(
+                f"corpus.max_snippet_tokens={self.config.corpus.max_snippet_tokens}: with rationales a trajectory may "
+                f"take {self.config.max_sequence_tokens} tokens but the model has {longest} positions; lower it to "
+                f"{longest // 2}"
+            )
+
+    def _check_batch_sizes(self) -> None:
+        sizes = {
+            "warmup.snippets_per_step": self.config.warmup.snippets_per_step,
+            "estep.snippets_per_step": self.config.estep.snippets_per_step,
+            "mstep.snippets_per_step": self.config.mstep.snippets_per_step,
+            "evaluate.snippets": self.config.evaluate.snippets,
+        }
+        for key, value in sizes.items():
+            if value < self.layout.dp_size:
+                raise ValueError(f"{key}={value}: must be at least the {self.layout.dp_size} data-parallel replicas")
+
+    def _stream(self, split: str) -> ShardStream:
+        settings = self.config.corpus
+        return ShardStream(settings.folder, split, self.config.seed, verify=settings.verify_checksums)
+
+    def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
+        records = stream.take(count, self.layout.dp_rank, self.layout.dp_size)
+        return self.tokenized.snippets(records)
+
+    def _sampler(self, rollouts_per_snippet: int) -> Sampler:
+        if rollouts_per_snippet not in self._samplers:
+            assert self._engine is not None
+            settings = SamplerConfig(
+                rollouts_per_snippet=rollouts_per_snippet,
+                max_rationale_tokens=self.config.latents.max_rationale_tokens,
+                max_sequence_tokens=self.config.max_sequence_tokens,
+                window=self.config.estep.window or "auto",
+                gate_exploration=self.config.estep.gate_exploration if rollouts_per_snippet > 1 else 0.0,
+            )
+            sampler = Sampler(self._engine.engine, self.format, settings)
+            sampler.think_rate = self._think_rates.get(rollouts_per_snippet, sampler.think_rate)
+            self._samplers[rollouts_per_snippet] = sampler
+        return self._samplers[rollouts_per_snippet]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
