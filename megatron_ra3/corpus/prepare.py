@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -23,7 +24,8 @@ from megatron_ra3.corpus.shards import (
     SplitInfo,
     SplitReader,
     SplitWriter,
-    remove_corpus,
+    publish,
+    refuse_existing,
 )
 from megatron_ra3.corpus.snippets import SnippetLimits, cut_snippets
 from megatron_ra3.corpus.sources import SourceFile, find_files, read_source
@@ -63,6 +65,8 @@ class PrepareConfig:
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes the corpus that `config` describes into `config.out`; the manifest comes last.
 
+    A corpus that is to be overwritten stays until its successor is complete.
+
     Raises:
         ValueError: a source folder does not exist, or no training snippet came out; the message then says what was
             looked at and why it was dropped.
@@ -72,40 +76,12 @@ def prepare(config: PrepareConfig) -> Manifest:
         if not Path(source).is_dir():
             raise ValueError(f"source folder {source} does not exist")
     out = Path(config.out)
+    if not config.overwrite:
+        refuse_existing(out)
     out.mkdir(parents=True, exist_ok=True)
-    remove_corpus(out, overwrite=config.overwrite)
-    writers = {split: SplitWriter(out, split, config.samples_per_shard) for split in SPLITS}
-    files_dropped: Counter[str] = Counter()
-    cut_dropped: Counter[str] = Counter()
-    seen_sha256: set[str] = set()
-    files = [(path, Path(source)) for source in config.sources for path in find_files(Path(source), config.exclude)]
-    files = files[: config.limit_files]
-    for path, folder in tqdm(files, desc="prepare", unit="file", disable=None):
-        read = read_source(path, config.max_file_bytes, seen_sha256)
-        if not isinstance(read, SourceFile):
-            files_dropped[read] += 1
-            continue
-        snippets, dropped = cut_snippets(
-            read.lines, source=path.relative_to(folder).as_posix(), file_sha256=read.sha256, limits=config.limits
-        )
-        cut_dropped += dropped
-        if snippets:
-            writers[split_of(read.sha256, config.heldout_fraction)].add_file(snippets)
-        else:
-            files_dropped["no_snippet"] += 1
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits["train"].snippets:
-        raise ValueError(_empty_corpus(config, len(files), files_dropped, cut_dropped, splits["heldout"].files))
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        settings=_settings(config),
-        files_seen=len(files),
-        files_dropped=dict(files_dropped),
-        cut_dropped=dict(cut_dropped),
-        tokenizer_sha256=_train_tokenizer(config, splits["train"]),
-        splits=splits,
-    )
-    manifest.save(out)
+    with TemporaryDirectory(dir=out, prefix="partial-") as staging:
+        manifest = _build(config, Path(staging))
+        publish(Path(staging), out, manifest)
     return manifest
 
 
@@ -161,11 +137,44 @@ def run_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_tokenizer(config: PrepareConfig, train: SplitInfo) -> str | None:
-    if config.tokenizer_vocab is None:
+def _build(config: PrepareConfig, folder: Path) -> Manifest:
+    writers = {split: SplitWriter(folder, split, config.samples_per_shard) for split in SPLITS}
+    files_dropped: Counter[str] = Counter()
+    cut_dropped: Counter[str] = Counter()
+    seen_sha256: set[str] = set()
+    files = [(path, Path(source)) for source in config.sources for path in find_files(Path(source), config.exclude)]
+    files = files[: config.limit_files]
+    for path, source in tqdm(files, desc="prepare", unit="file", disable=None):
+        read = read_source(path, config.max_file_bytes, seen_sha256)
+        if not isinstance(read, SourceFile):
+            files_dropped[read] += 1
+            continue
+        snippets, dropped = cut_snippets(
+            read.lines, source=path.relative_to(source).as_posix(), file_sha256=read.sha256, limits=config.limits
+        )
+        cut_dropped += dropped
+        if snippets:
+            writers[split_of(read.sha256, config.heldout_fraction)].add_file(snippets)
+        else:
+            files_dropped["no_snippet"] += 1
+    splits = {split: writer.close() for split, writer in writers.items()}
+    if not splits["train"].snippets:
+        raise ValueError(_empty_corpus(config, len(files), files_dropped, cut_dropped, splits["heldout"].files))
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        settings=_settings(config),
+        files_seen=len(files),
+        files_dropped=dict(files_dropped),
+        cut_dropped=dict(cut_dropped),
+        tokenizer_sha256=_train_tokenizer(config.tokenizer_vocab, folder, splits["train"]),
+        splits=splits,
+    )
+
+
+def _train_tokenizer(vocab_size: int | None, folder: Path, train: SplitInfo) -> str | None:
+    if vocab_size is None:
         return None
-    out = Path(config.out)
-    return train_tokenizer(_segments(out, train), config.tokenizer_vocab, out / "tokenizer").fingerprint
+    return train_tokenizer(_segments(folder, train), vocab_size, folder / "tokenizer").fingerprint
 
 
 def _segments(folder: Path, info: SplitInfo) -> Iterator[str]:

@@ -95,18 +95,23 @@ class Manifest:
         )
 
 
-def remove_corpus(folder: Path, *, overwrite: bool) -> None:
-    """Clears shards, indexes and manifest from `folder`, the manifest first; other files stay.
-
-    Raises:
-        FileExistsError: the folder holds a finished corpus and `overwrite` is not set.
-    """
-    if (folder / _MANIFEST).exists() and not overwrite:
+def refuse_existing(folder: Path) -> None:
+    """FileExistsError if `folder` holds a finished corpus."""
+    if (folder / _MANIFEST).exists():
         raise FileExistsError(f"{folder} already holds a corpus; choose another --out or pass --overwrite")
+
+
+def publish(staging: Path, folder: Path, manifest: Manifest) -> None:
+    """Moves the finished files in `staging` to `folder`, in place of the corpus there; foreign files stay."""
     (folder / _MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
-        for path in [*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}.index.npy")]:
-            path.unlink()
+        for old in [*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}.index.npy")]:
+            old.unlink()
+    for new in sorted(path for path in staging.rglob("*") if path.is_file()):
+        target = folder / new.relative_to(staging)
+        target.parent.mkdir(exist_ok=True)
+        new.replace(target)
+    manifest.save(folder)
 
 
 class SplitWriter:

@@ -1,0 +1,251 @@
+"""Preparing a corpus: equal bytes for equal input, every file accounted for, clear refusals."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from megatron_ra3.corpus.lines import annotate, join_lines
+from megatron_ra3.corpus.prepare import PrepareConfig, add_prepare_arguments, prepare, run_prepare, split_of
+from megatron_ra3.corpus.shards import Manifest, SplitReader
+from megatron_ra3.corpus.snippets import SnippetLimits
+from megatron_ra3.corpus.sources import decode, find_files
+
+PREPARE_SCRIPT = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"
+
+
+def source(number):
+    return f"# module {number}\nimport os\n\n\ndef f{number}(x):\n    # add it\n    return x + {number}\n"
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "src"
+    (folder / "pkg").mkdir(parents=True)
+    for number in range(40):
+        (folder / "pkg" / f"m{number}.py").write_text(source(number))
+    return folder
+
+
+def config(folder, out, **settings):
+    defaults = {"sources": (str(folder),), "out": str(out), "heldout_fraction": 0.25, "samples_per_shard": 7}
+    return PrepareConfig(**defaults | settings)
+
+
+def read_all(out, split):
+    reader = SplitReader(out, Manifest.load(out).splits[split], verify_checksums=True)
+    records = [reader.read(sample) for sample in range(len(reader))]
+    reader.close()
+    return records
+
+
+def test_equal_input_gives_equal_bytes(sources, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        prepare(config(sources, out, tokenizer_vocab=300))
+    names = sorted(path.relative_to(outs[0]).as_posix() for path in outs[0].rglob("*") if path.is_file())
+    assert {"manifest.json", "train-00000.tar", "heldout.index.npy", "tokenizer/tokenizer.json"} <= set(names)
+    for name in names:
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
+
+
+def test_counts_and_split_by_content(sources, tmp_path):
+    manifest = prepare(config(sources, tmp_path / "out"))
+    assert manifest == Manifest.load(tmp_path / "out")
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    files = {split: {record.source for record in read_all(tmp_path / "out", split)} for split in manifest.splits}
+    assert files["train"] | files["heldout"] == {f"pkg/m{number}.py" for number in range(40)}
+    assert not files["train"] & files["heldout"]
+    assert 0 < heldout.files < 20
+    assert (train.files, train.snippets, train.lines, train.native_comments) == (
+        len(files["train"]),
+        len(files["train"]),
+        3 * len(files["train"]),
+        2 * len(files["train"]),
+    )
+    assert train.chars == sum(len(source(int(name[5:-3]))) for name in files["train"])
+    assert [shard.samples for shard in train.shards] == [7] * (train.files // 7) + [train.files % 7] * (
+        train.files % 7 > 0
+    )
+
+
+def test_a_file_keeps_its_split_in_any_corpus(sources, tmp_path):
+    prepare(config(sources, tmp_path / "all"))
+    for path in sorted((sources / "pkg").glob("*.py"))[::2]:
+        path.unlink()
+    prepare(config(sources, tmp_path / "half"))
+    heldout = {record.source for record in read_all(tmp_path / "all", "heldout")}
+    assert {record.source for record in read_all(tmp_path / "half", "train")}.isdisjoint(heldout)
+    assert split_of("0" * 64, 0.0) == "train"
+    assert split_of("4" + "0" * 63, 0.25) == "train"
+    assert split_of("3" + "f" * 63, 0.25) == "heldout"
+
+
+def test_shards_are_ordinary_webdataset_shards(sources, tmp_path):
+    manifest = prepare(config(sources, tmp_path))
+    urls = [str(tmp_path / shard.name) for shard in manifest.splits["train"].shards]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    records = read_all(tmp_path, "train")
+    assert [sample["json"] for sample in read] == [record.to_json() for record in records]
+    assert [sample["__key__"] for sample in read] == [record.id for record in records]
+    with tarfile.open(urls[0]) as tar:
+        assert {(member.mtime, member.uname, member.mode) for member in tar} == {(0, "ra3", 0o444)}
+
+
+def test_samples_are_the_source(sources, tmp_path):
+    prepare(config(sources, tmp_path))
+    record = read_all(tmp_path, "train")[0]
+    assert join_lines(record.lines) + "\n" == (sources / record.source).read_text()
+    assert [annotate(line, "observe")[0] for line in record.lines] == [
+        f" module {record.source[5:-3]}",
+        None,
+        " add it",
+    ]
+
+
+def test_every_file_that_is_left_out_is_counted(sources, tmp_path):
+    bad = {
+        "undecodable": b"x = '\xff'\ny\nz\n",
+        "cookie": b"# coding: rot13\nx\ny\nz\n",
+        "unparsable": b"def f(:\n",
+        "null": b"x = 1\n\0\n",
+        "empty": b"# nothing\n\n",
+        "large": b"x = 1\n" * 1000,
+        "short": b"short = 1\n",
+        "twin": source(3).encode(),
+    }
+    for name, data in bad.items():
+        (sources / f"{name}.py").write_bytes(data)
+    (sources / "gone.py").symlink_to("nowhere.py")
+    os.mkfifo(sources / "pipe.py")
+    manifest = prepare(config(sources, tmp_path / "out", max_file_bytes=5500, limits=SnippetLimits(min_lines=2)))
+    assert manifest.files_dropped == {
+        "undecodable": 2,
+        "unparsable": 2,
+        "too_large": 1,
+        "empty": 1,
+        "no_snippet": 1,
+        "duplicate": 1,
+        "unreadable": 2,
+    }
+    assert manifest.cut_dropped == {"snippet_too_short": 1}
+    assert manifest.files_seen == 40 + len(bad) + 2
+    assert manifest.files_seen == sum(split.files for split in manifest.splits.values()) + 10
+
+
+def test_deep_nesting_is_unparsable(sources, tmp_path):
+    (sources / "deep.py").write_text("(" * 5000 + ")" * 5000)
+    assert prepare(config(sources, tmp_path / "out")).files_dropped == {"unparsable": 1}
+
+
+def test_warnings_of_parsed_files_stay_silent(sources, tmp_path):
+    (sources / "w.py").write_text("a = '\\d'\nb = 1 is 1\nc = a\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepare(config(sources, tmp_path / "out"))
+    assert [str(warning.message) for warning in caught if warning.category in (SyntaxWarning, DeprecationWarning)] == []
+
+
+def test_text_is_decoded_as_the_interpreter_does():
+    assert decode(b"\xef\xbb\xbfx = '\xc3\xa9'\r\ny\rz") == "x = 'é'\ny\nz"
+    assert decode(b"# coding: latin-1\nx = '\xe9'") == "# coding: latin-1\nx = 'é'"
+
+
+def test_exclude_matches_names_and_paths(tmp_path):
+    for name in ("a/x.py", "a/tests/y.py", "tests/z.py", "b/x.py", "b/x.txt", "b/.h/x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path, ("tests", "a/x.*", ".*"))]
+    assert found == ["b/x.py"]
+    assert len(list(find_files(tmp_path, ()))) == 5
+
+
+def test_empty_corpus_says_what_was_looked_at(sources, tmp_path):
+    for path in (sources / "pkg").glob("*.py"):
+        path.write_text("def f(:\n" + "#" * int(path.stem[1:]))
+    with pytest.raises(ValueError, match=r"empty corpus.*src; 40 \.py files seen.*dropped 40 unparsable files"):
+        prepare(config(sources, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_another_corpus_is_not_overwritten_unasked(sources, tmp_path):
+    out = tmp_path / "out"
+    first = prepare(config(sources, out))
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        prepare(config(sources, out, limit_files=10))
+    assert Manifest.load(out) == first
+    second = prepare(config(sources, out, limit_files=10, overwrite=True))
+    assert second.files_seen == 10
+    listed = {file.name for split in second.splits.values() for file in (split.index, *split.shards)}
+    assert {path.name for path in out.iterdir()} == listed | {"manifest.json", "notes.txt"}
+
+
+def test_failed_overwrite_leaves_the_old_corpus(sources, tmp_path):
+    out = tmp_path / "out"
+    first = prepare(config(sources, out))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="empty corpus"):
+        prepare(config(tmp_path / "nothing", out, overwrite=True))
+    assert Manifest.load(out) == first
+    assert len(read_all(out, "train")) == first.splits["train"].snippets
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heldout_fraction": 1.0}, r"heldout_fraction must be in \[0, 1\), found 1.0"),
+        ({"samples_per_shard": 0}, "samples_per_shard must be at least 1, found 0"),
+        ({"limit_files": 0}, "limit_files must be at least 1"),
+        ({"tokenizer_vocab": 100}, "tokenizer_vocab must be at least 261, found 100"),
+        ({"sources": ()}, "no source folder given"),
+    ],
+)
+def test_impossible_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, tmp_path / "out", **settings)
+
+
+def test_missing_source_folder(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        prepare(config(tmp_path / "nowhere", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(sources, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    out = tmp_path / "out"
+    arguments = [str(sources), "--out", str(out), "--exclude", "m1*", "--max-lines", "9", "--heldout-fraction", "0.5"]
+    assert run_prepare(parser.parse_args(arguments)) == 0
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    assert settings["limits"] == {"max_lines": 9, "max_chars": 2048, "min_lines": 3}
+    assert "29 files seen" in capsys.readouterr().out
+
+
+def test_standard_library_leaves_out_tests(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    run_prepare(parser.parse_args(["--stdlib", "--out", str(tmp_path), "--limit-files", "40"]))
+    names = {record.source for split in ("train", "heldout") for record in read_all(tmp_path, split)}
+    assert {"abc.py", "ast.py", "argparse.py"} <= names
+    assert not any("test" in Path(name).parts for name in names)
+
+
+def test_script_reports_errors_in_one_line(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, PREPARE_SCRIPT, tmp_path, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: empty corpus: no training snippet in ")
+    assert len(ran.stderr.splitlines()) == 1

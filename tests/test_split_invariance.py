@@ -1,0 +1,105 @@
+"""Five optimizer steps of both losses are the same number under every layout and micro-batch size."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ra3.config import EStepConfig
+from megatron_ra3.estep import EStep
+from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
+from megatron_ra3.model import names, parallel
+from megatron_ra3.model.build import build_model
+from megatron_ra3.model.trainer import Trainer, build_optimizer
+from megatron_ra3.mstep import NextToken
+from tests.distributed import run_ranks
+from tests.small import MODEL
+
+VOCABULARY = 64
+FORMAT = LatentFormat("newline", (0,), (1,), (), (2,), (2,), (1,), frozenset({1}), frozenset({0, 1}), frozenset({1}))
+LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2)]}
+GROUPS, ROLLOUTS, STEPS = 4, 3, 5
+
+
+def _groups(step: int) -> list[list[Trajectory]]:
+    """Groups of rollouts with random latents, the same on every rank."""
+    draw = random.Random(step)
+    return [[_rollout(draw, lines) for _ in range(ROLLOUTS)] for lines in (_lines(draw) for _ in range(GROUPS))]
+
+
+def _lines(draw: random.Random) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 5))) for _ in range(draw.randint(2, 6))
+    )
+
+
+def _rollout(draw: random.Random, lines: tuple[tuple[int, ...], ...]) -> Trajectory:
+    trajectory = FORMAT.begin(Snippet("s", (0,), lines, (None,) * len(lines)))
+    for line in lines:
+        if draw.random() < 0.4:
+            rationale = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(0, 3))] + [1]
+            FORMAT.append_think(trajectory, logprob=-1.0)
+            FORMAT.append_rationale(trajectory, rationale, line, logprobs=[-3.0] * len(rationale))
+        else:
+            FORMAT.append_act(trajectory, line, logprob=-0.4)
+    return trajectory
+
+
+def _train(tp: int, pp: int, folder: str, micro_batch_tokens: int, objective: str) -> list[list[list[float]]]:
+    """Metrics per step; every rank returns the same."""
+    layout = parallel.initialize(tp, pp, seed=0, timeout_s=60)
+    model = build_model({**MODEL, "vocab_size": VOCABULARY}, layout, dtype=torch.float32)
+    names.import_hf(model, folder)
+    trainer = Trainer(model, build_optimizer(model, lr=0.0), layout)
+    estep = EStep(EStepConfig(rollouts_per_snippet=ROLLOUTS), trainer, layout, FORMAT, micro_batch_tokens)
+    next_token = NextToken(trainer, layout, FORMAT, micro_batch_tokens)
+    curve: list[list[float]] = []
+    for step in range(STEPS):
+        groups = _groups(step)[layout.dp_rank :: layout.dp_size]
+        if objective == "estep":
+            metrics = estep.update(groups)
+            curve.append([metrics[name] for name in ("loss", "grad_norm", "reward", "mismatch")])
+        else:
+            flat = [item for group in groups for item in group]
+            metrics = next_token.update(flat, latent_weight=0.5, lr=1e-2)
+            curve.append([metrics["loss"], metrics["grad_norm"]])
+    return curve
+
+
+def _train_all(
+    layouts: list[tuple[int, int]], folder: str, sizes: list[int]
+) -> dict[tuple[object, ...], list[list[float]]]:
+    results = {
+        (objective, layout, size): _train(*layout, folder, size, objective)
+        for layout in layouts
+        for size in sizes
+        for objective in ("estep", "next_token")
+    }
+    parallel.destroy()
+    return results
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, ...], list[list[float]]]:
+    folder: Path = tmp_path_factory.mktemp("invariance") / "model"
+    names.init_hf(folder, {**MODEL, "vocab_size": VOCABULARY}, 0)
+    sizes = {1: [100_000, 150, 40], 2: [150], 4: [150]}
+    found: dict[tuple[object, ...], list[list[float]]] = {}
+    for world_size, layouts in LAYOUTS.items():
+        for result in run_ranks(_train_all, world_size, layouts, str(folder), sizes[world_size]):
+            for (objective, layout, size), curve in result.items():
+                key = (objective, (*layout, world_size // (layout[0] * layout[1])), size)
+                assert found.setdefault(key, curve) == curve, f"ranks disagree about {key}"
+    return found
+
+
+@pytest.mark.parametrize("objective", ["estep", "next_token"])
+def test_losses_do_not_depend_on_the_split(curves, objective):
+    reference = torch.tensor(curves[objective, (1, 1, 1), 100_000])
+    scale = reference.norm(dim=0)
+    assert (scale > 0.01).all()
+    others = {key: curve for key, curve in curves.items() if key[0] == objective}
+    assert {key[1] for key in others} == {(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)}
+    for key, curve in others.items():
+        assert ((torch.tensor(curve) - reference).norm(dim=0) < 1e-5 * scale).all(), key
