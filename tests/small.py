@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ra3.config import RunConfig, load_config
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
+from megatron_ra3.corpus.snippets import SnippetLimits
 
 MODEL: dict[str, Any] = {
     "model_type": "qwen2",
@@ -36,7 +37,11 @@ def make_corpus(folder: Path) -> Path:
     corpus = folder / "corpus"
     prepare(
         PrepareConfig(
-            sources=(sources,), out=corpus, max_lines=8, max_chars=240, heldout_fraction=0.2, tokenizer_vocab=400
+            sources=(str(sources),),
+            out=str(corpus),
+            limits=SnippetLimits(max_lines=8, max_chars=240),
+            heldout_fraction=0.2,
+            tokenizer_vocab=400,
         )
     )
     return corpus

@@ -149,7 +149,7 @@ def transformer_config(hf_config: Mapping[str, Any], layout: ParallelLayout, dty
         pipeline_model_parallel_size=layout.pp_size,
         sequence_parallel=on_gpu and layout.tp_size > 1,
         variable_seq_lengths=layout.pp_size > 1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, experts or not
+        moe_token_dispatcher_type="alltoall",  # noqa: S106 - the default refuses variable lengths, experts or not
         cuda_graph_scope=[],
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize_summed_grads,

@@ -52,7 +52,9 @@ def enable() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
     _patch_tensor()
-    warnings.filterwarnings("ignore", message="When using async grad allreduce it is recommended")
+    # Advice on CUDA settings, and deprecations in torch that only Megatron can act on.
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Our own map because `mbridge` 0.15.1 knows only Transformer Engine's fused layer
 exported tensor to a CUDA device, so it cannot serve a CPU.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,7 +67,8 @@ def import_hf(model: RA3Model, folder: str | Path) -> None:
 def export_hf(model: RA3Model) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full unpadded tensor) in the order of `metadata`, on every rank.
 
-    Collective over the replica: all its ranks must iterate to the end in lockstep. Replicas are independent.
+    Collective over the replica: all its ranks must iterate to the end in lockstep. Replicas are independent. A tensor
+    may be the live weight itself: copy what must survive the next step.
     """
     layout, geometry = model.layout, Geometry.of(model.hf_config)
     parameters = dict(model.module.named_parameters())
@@ -176,7 +178,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{folder} has neither {_INDEX} nor model.safetensors: is it a Hugging Face model?")
-    with safe_open(single, framework="pt") as handle:
+    with _opened(single) as handle:
         return dict.fromkeys(handle.keys(), single)
 
 
@@ -190,15 +192,25 @@ def _check_tensors(folder: Path, files: Mapping[str, Path], hf_config: Mapping[s
     if unexpected:
         raise ValueError(f"{folder} holds {len(unexpected)} tensors unknown to its config, first {unexpected[0]!r}")
     for name, shape in expected.items():
-        with safe_open(files[name], framework="pt") as handle:
+        with _opened(files[name]) as handle:
             found = tuple(handle.get_slice(name).get_shape())
         if found != shape:
             raise ValueError(f"{folder}: {name} has shape {found}, its config asks for {shape}")
 
 
 def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as handle:
+    with _opened(file) as handle:
         return handle.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; a torn one is a ValueError that names it."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete: {error}") from error
 
 
 def _write_folder(
@@ -210,14 +222,15 @@ def _write_folder(
     if target.exists():
         raise FileExistsError(f"folder {target} exists: remove it or choose another name")
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         _write_weights(staging, tensors, hf_config)
         (staging / "config.json").write_text(json.dumps(dict(hf_config), indent=2) + "\n")
         if tokenizer_folder is not None:
-            present = [name for name in _TOKENIZER_FILES if (Path(tokenizer_folder) / name).is_file()]
-            for name in present:
-                shutil.copy2(Path(tokenizer_folder) / name, staging / name)
+            for name in _TOKENIZER_FILES:
+                if (Path(tokenizer_folder) / name).is_file():
+                    shutil.copy2(Path(tokenizer_folder) / name, staging / name)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -243,7 +256,10 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], hf_confi
             name, tensor = next(source)
             assert name == expected, f"exported {name} where {expected} was due"
             block[name] = tensor.detach().cpu().clone()
-        save_file(block, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(block, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / file}: {error}") from error
         weight_map.update(dict.fromkeys(names, file))
     if len(files) > 1:
         (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")

@@ -7,8 +7,10 @@ collectives mix unrelated data; only the replica's leader reads data and talks t
 import dataclasses
 import datetime as dt
 import os
+import random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -102,7 +104,7 @@ class ParallelLayout:
 
 
 def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayout:
-    """Join the process group, split it into tp x pp x dp ranks, and seed every generator with `seed`.
+    """Join the process group, split it into tp x pp x dp ranks, and seed every generator with `seed`, the same on all.
 
     Under torchrun or srun the rendezvous comes from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; without RANK this is a
     single process. Backend: nccl with CUDA, gloo without. Called again, it re-splits the same world. `timeout_s` bounds
@@ -170,6 +172,8 @@ def _join(timeout: dt.timedelta) -> None:
 
 def _seed(seed: int, tensor_parallel: Any) -> None:
     """Seed torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -40,7 +40,7 @@ def save_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
 
 
 def load_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
-    """Restore what `save_state` wrote, into a model and optimizer built with the same config; collective over all ranks.
+    """Restore what `save_state` wrote into a model and optimizer of the same config; collective over all ranks.
 
     The parallel layout must be the one that saved (the generators of every rank are restored).
     FileNotFoundError: no complete checkpoint in `folder`.
@@ -75,10 +75,9 @@ def _generators() -> dict[str, Any]:
     """States of all generators of this rank: python, numpy, torch, and on a GPU CUDA's and Megatron's tracker."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    states = {
+    states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - libraries draw from the global generator
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -91,8 +90,7 @@ def _set_generators(states: dict[str, Any]) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -6,6 +6,7 @@ micro-batches and replicas change nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -54,9 +55,7 @@ def build_optimizer(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     if distributed != model.ddp.ddp_config.use_distributed_optimizer:
-        raise ValueError(
-            f"distributed={distributed} but the model was built with distributed_optimizer={not distributed}: use one value"
-        )
+        raise ValueError(f"distributed={distributed} differs from build_model's distributed_optimizer: use one value")
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -70,7 +69,10 @@ def build_optimizer(
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, [model.ddp], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, [model.ddp], use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)  # a checkpoint before the first step has the same keys as later
+    return optimizer
 
 
 class Trainer:
@@ -88,8 +90,7 @@ class Trainer:
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Return log p(target) per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
         outputs = self._forward(micro_batches, self._logprob)
-        shapes = [batch.rows.shape for batch in micro_batches]
-        return self._from_last_stage(outputs, [tuple(shape) for shape in shapes])
+        return self._from_last_stage(outputs, [tuple(batch.rows.shape) for batch in micro_batches])
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor, rows: Tensor) -> Tensor:
@@ -102,14 +103,14 @@ class Trainer:
         return self._from_last_stage(outputs, [(rows.numel(), self.model.vocab_size)])[0]
 
     def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, lr: float) -> dict[str, float]:
-        """Take one optimizer step; return `loss` (summed over micro-batches and replicas) and `grad_norm`, same on all ranks.
+        """Take one optimizer step; return `loss` and `grad_norm`, the same on all ranks.
 
-        `loss_fn(i, logprobs [K])` returns the scalar loss of micro-batch i, already divided by GLOBAL counts; it is
-        called on the last stage only and must depend on nothing else. Every replica must pass equally many (at least
-        one) micro-batches; a replica with less work passes ones with K = 0, whose loss is an empty sum. `grad_norm` is
-        the norm before clipping. ValueError: no micro-batch, or counts differ. RuntimeError: the loss is not finite.
+        `loss_fn(i, logprobs [K])` returns the scalar loss of micro-batch i, already divided by GLOBAL counts. It is
+        called on the last stage only, once per micro-batch with K > 0. Replicas may pass different numbers of
+        micro-batches, even none. `loss` is summed over micro-batches and replicas, `grad_norm` is taken before
+        clipping. FloatingPointError: the loss or the gradient is not finite; weights and optimizer are then unchanged.
         """
-        self._require_equal_counts(len(micro_batches))
+        micro_batches = self._padded(micro_batches)
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -118,14 +119,28 @@ class Trainer:
         if losses:
             own = torch.stack(losses).double().sum()
         loss = float(self.layout.sum_over_dp(self.layout.broadcast_from_last_stage(own)).item())
-        if not torch.isfinite(torch.tensor(loss)):
-            raise RuntimeError(f"loss is {loss}: the step was not taken, the weights are unchanged")
+        return {"loss": loss, "grad_norm": self._update(loss, lr)}
+
+    def _update(self, loss: float, lr: float) -> float:
+        """Clip and apply the finished gradients unless they are broken; return their norm.
+
+        Megatron's own `step` does the same without the check: it would write NaN into fp32 weights.
+        """
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        overflow = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if overflow or not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"loss {loss}, gradient norm {grad_norm}: no step was taken, weights are unchanged"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise RuntimeError("gradients are not finite: the step was not taken, the weights are unchanged")
-        return {"loss": loss, "grad_norm": float(grad_norm)}
+        for part in self.optimizer.chained_optimizers:
+            if part.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
 
     def _loss_closures(self, loss_fn: LossFn) -> Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]:
         def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,13 +212,14 @@ class Trainer:
             outputs = [torch.empty(shape, device=self.layout.device) for shape in shapes]
         return [self.layout.broadcast_from_last_stage(output) for output in outputs]
 
-    def _require_equal_counts(self, count: int) -> None:
-        total = self.layout.sum_number_over_dp(count)
-        if count == 0 or total != count * self.layout.dp_size:
-            raise ValueError(
-                f"replica {self.layout.dp_rank} has {count} micro-batches, all {self.layout.dp_size} together {total:.0f}: "
-                "every replica needs the same number, at least one; pad with micro-batches without targets"
-            )
+    def _padded(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Append micro-batches without targets until every replica has as many as the busiest one, at least one."""
+        counts = torch.zeros(self.layout.dp_size, device=self.layout.device)
+        counts[self.layout.dp_rank] = len(micro_batches)
+        most = max(int(self.layout.sum_over_dp(counts).max()), 1)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        empty = MicroBatch(torch.zeros(1, 1, dtype=torch.int64), nothing, nothing)
+        return [*micro_batches, *[empty] * (most - len(micro_batches))]
 
 
 def _select(hidden: Tensor, rows: Tensor) -> Tensor:

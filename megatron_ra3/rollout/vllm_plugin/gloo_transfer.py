@@ -147,7 +147,11 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         del worker_info["rank"]
         with ThreadPoolExecutor(max_workers=1) as pool:
             joined = pool.submit(client.init_weight_transfer_engine, worker_info)
-            group = _join(init_info, 0, abandoned=joined)
+            try:
+                group = _join(init_info, 0)
+            except RuntimeError:
+                joined.result()  # an engine's own message, if there is one, says more
+                raise
             joined.result()
         return cls(client=client, source=source, group=group)
 
@@ -165,10 +169,10 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             received = pool.submit(self._receive_at_engines, asdict(update_info))
             try:
                 self._send(declared)
-            except RuntimeError:
-                # A broken group is the symptom; an engine's own message, if there is one, is the cause.
+            except BaseException as error:
                 self._group.abort()
-                received.result()
+                if isinstance(error, RuntimeError):
+                    received.result()  # a broken group is the symptom; an engine's own message says more
                 raise
             received.result()
         self.client.finish_weight_update()
@@ -195,7 +199,7 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             _broadcast(self._group, tensor.detach().to("cpu").contiguous())
 
 
-def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int, abandoned: Any = None) -> ProcessGroupGloo:
+def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> ProcessGroupGloo:
     timeout = timedelta(seconds=info.timeout_s)
     store = TCPStore(info.master_address, info.master_port, info.world_size, rank == 0, timeout, wait_for_workers=False)
     return ProcessGroupGloo(store, rank, info.world_size, timeout)

@@ -1,0 +1,251 @@
+"""A vLLM server as a child process: start, wait until it serves, stop without leaving a process behind.
+
+Prevents the usual silent failures: a server that dies while loading (the tail of its log is in the error), one that
+outlives its trainer (`watchdog`), replicas that all sample with vLLM's default seed 0, sampling defaults taken from a
+model's generation_config.json, and trainer and server fighting for the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_ra3.rollout.engine import EngineError
+
+DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
+LOG_TAIL_LINES = 30
+# Fields of config.json that say how a model was saved, not what it is.
+VOLATILE_CONFIG_FIELDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
+# A server started by a rank of torchrun would take that rank for its own.
+TORCHRUN_VARIABLES = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+# vLLM's own entry, called without the `vllm` command: that one asks for a distribution named "vllm", which its CPU
+# build is not. Not `-m` either: spawned engine processes would import the entire module again.
+ENTRY = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """One vLLM server.
+
+    `port` 0 picks a free one. `kv_cache_bytes` None means `gpu_memory_utilization` of the GPU, or 1 GiB on CPU.
+    `block_size` None is vLLM's default (on CPU 128; a multiple of 32 there). `seed` must differ between replicas and
+    between restarts. `cpu_threads` only counts on CPU. `extra_args` are passed to `vllm serve` as they are.
+    """
+
+    model_folder: Path
+    log_file: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    dtype: str = "bfloat16"
+    max_model_len: int = 2048
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    block_size: int | None = None
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 256
+    seed: int = 0
+    cpu_threads: int = 1
+    start_timeout_s: float = 300.0
+    extra_args: tuple[str, ...] = ()
+
+
+class VllmServer:
+    """A running vLLM server; a context manager that starts it, waits until it serves, and stops it.
+
+    `start` and `wait` apart let the caller do its own slow imports meanwhile.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.port = _bindable_port(config.host, config.port)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL; for a server bound to all interfaces, this host's name."""
+        host = socket.gethostname() if self.config.host in ("0.0.0.0", "::") else self.config.host  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+    def start(self) -> None:
+        """Launch the processes and return at once; ValueError for a folder without a model."""
+        assert self._process is None
+        config = self.config
+        served_model_name(config.model_folder)
+        config.log_file.parent.mkdir(parents=True, exist_ok=True)
+        watchdog = [sys.executable, "-m", "megatron_ra3.rollout.watchdog", str(os.getpid())]
+        command = [sys.executable, "-c", ENTRY, *_arguments(config, self.port)]
+        with config.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                watchdog + command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(config),
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Return when the server answers; EngineError with the end of its log if it dies or takes too long."""
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not self._answers():
+            if not self.poll():
+                raise EngineError(f"vLLM server {self.url} died while starting{self.log_tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise EngineError(
+                    f"vLLM server {self.url} did not answer within start_timeout_s="
+                    f"{self.config.start_timeout_s:g}{self.log_tail()}"
+                )
+            time.sleep(0.1)
+
+    def poll(self) -> bool:
+        """Whether the server's processes are alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """End every process of the server: politely, after a few seconds by force. Does nothing if there is none."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # the watchdog itself was killed: its group is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process = None
+
+    def log_tail(self) -> str:
+        """The end of the log file, to be appended to an error message."""
+        lines = self.config.log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"; the end of {self.config.log_file}:", *lines])
+
+    def __enter__(self) -> Self:
+        self.start()
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def serve_forever(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT; EngineError with the end of the log when the server ends by itself."""
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server = VllmServer(config)
+    with server:
+        print(f"serving {config.model_folder} at {server.url}, log in {config.log_file}", flush=True)
+        while not stopping:
+            if not server.poll():
+                raise EngineError(f"vLLM server {server.url} ended{server.log_tail()}")
+            time.sleep(0.5)
+
+
+def served_model_name(model_folder: Path) -> str:
+    """Name a server gives its model: architecture, vocabulary size and a digest of config.json.
+
+    Models of the same name can take each other's weights. ValueError where the folder has no config.json.
+    """
+    path = model_folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model folder {model_folder} has no config.json; give a Hugging Face model folder")
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in VOLATILE_CONFIG_FIELDS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    return f"{architecture}-v{config.get('vocab_size')}-{digest}"
+
+
+def _arguments(config: ServerConfig, port: int) -> list[str]:
+    on_cpu = _on_cpu()
+    kv_cache_bytes = config.kv_cache_bytes or (DEFAULT_CPU_KV_CACHE_BYTES if on_cpu else None)
+    options: dict[str, object] = {
+        "model": config.model_folder,
+        "served-model-name": served_model_name(config.model_folder),
+        "host": config.host,
+        "port": port,
+        "dtype": config.dtype,
+        "max-model-len": config.max_model_len,
+        "tensor-parallel-size": config.tensor_parallel_size,
+        "max-num-seqs": config.max_num_seqs,
+        "seed": config.seed,
+        "generation-config": "vllm",
+        "logprobs-mode": "processed_logprobs",
+        "weight-transfer-config": json.dumps({"backend": "gloo" if on_cpu else "nccl"}),
+    }
+    if kv_cache_bytes is None:
+        options["gpu-memory-utilization"] = config.gpu_memory_utilization
+    else:
+        options["kv-cache-memory-bytes"] = kv_cache_bytes
+    if config.block_size is not None:
+        options["block-size"] = config.block_size
+    if on_cpu and config.tensor_parallel_size == 1:
+        options["distributed-executor-backend"] = "uni"
+    flags = ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+    if on_cpu:
+        flags.append("--enforce-eager")
+    return [f"--{name}={value}" for name, value in options.items()] + flags + list(config.extra_args)
+
+
+def _environment(config: ServerConfig) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.fullmatch(name)}
+    own = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    if _on_cpu():
+        own["OMP_NUM_THREADS"] = str(config.cpu_threads)
+        own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if config.tensor_parallel_size == 1:
+            # The worker then lives in the engine's process: one Python start and one set of imports less.
+            own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return {**inherited, **own}
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _bindable_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. EngineError if it is taken: the other server would be mistaken for ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EngineError(f"vLLM server: cannot listen on {host}:{port} ({error}); choose another port") from error
+        return int(probe.getsockname()[1])

@@ -1,0 +1,344 @@
+"""Trainer's weights into running vLLM engines, through vLLM's weight-transfer API. The only module that knows it.
+
+An update is all or nothing, for all engines together: they are paused, the weights are broadcast once, prefix caches
+are emptied (vLLM keeps stale ones), the version is set and read back. With the gloo backend a failure leaves the old
+weights served and the update is tried once more with a new rendezvous.
+
+`connect`, `send` and `check` are collective over the trainer's ranks: an export of sharded weights is a collective
+itself, so every rank iterates the source to its end, whatever happens to the transfer, and all learn its outcome.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from megatron_ra3.rollout.engine import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["gloo", "nccl"]
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+# vLLM pads the vocabulary to a multiple of this, so a table of another height has other bytes there.
+VLLM_VOCABULARY_MULTIPLE = 64
+DIGEST_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+
+log = logging.getLogger(__name__)
+
+
+class WeightSource(Protocol):
+    """The trainer's weights under Hugging Face names, as full tensors."""
+
+    def metadata(self) -> Sequence[tuple[str, Sequence[int], torch.dtype]]:
+        """(name, shape, dtype) of all tensors, in the order of iteration."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """A fresh pass over (name, full tensor); may be a collective over the trainer's ranks."""
+
+
+class WeightSync:
+    """Sends weights from trainer rank 0 to every worker of the engines at `urls`.
+
+    `backend` must be the servers' (`--weight-transfer-config`): gloo on CPU, nccl on GPU (vLLM's own engine, not
+    staged: after a failed update the engines stay paused and must be restarted). `rank` is the trainer's global rank;
+    with more than one, torch.distributed must be initialised. `master_address` is where the engines reach rank 0;
+    None is this host's name, or 127.0.0.1 when all engines are local. Every wait is bounded by `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        backend: Backend,
+        timeout_s: float,
+        rank: int = 0,
+        master_address: str | None = None,
+    ) -> None:
+        self._fleet = _Fleet(urls, timeout_s, staged=backend == "gloo")
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._rank = rank
+        self._master_address = master_address or _master_address(urls)
+        self._source = _SharedPass()
+        self._transfer: Any = None
+
+    def connect(self) -> None:
+        """One rendezvous with all engines; EngineError on every rank, naming the engine that does not come."""
+        self._together(self._rendezvous)
+
+    def send(self, source: WeightSource, version: int) -> None:
+        """Make the engines serve the source's weights as `version`; EngineError on every rank if that fails."""
+        attempts = 2 if self._backend == "gloo" else 1
+        for attempt in range(1, attempts + 1):
+            self._source.begin(source)
+            error = self._try(lambda: self._update(version))
+            self._source.drain()
+            error = _from_rank_0(error)
+            if error is None:
+                return
+            if attempt < attempts:
+                log.warning("weights version %d: %s; trying again with a new rendezvous", version, error)
+                self._together(self._rendezvous)
+        raise EngineError(f"weights version {version} not sent: {error}")
+
+    def check(self, source: WeightSource) -> int:
+        """Compare sha256 digests of the source's tensors with the engines' own; returns how many were compared.
+
+        Only tensors that vLLM keeps whole and under the same name can be compared: norms, and with one worker per
+        engine also the embedding and, where vLLM does not repack them (GPU), some projections. EngineError otherwise.
+        """
+        compared = 0
+
+        def compare() -> None:
+            nonlocal compared
+            compared = self._fleet.compare(self._source)
+
+        self._source.begin(source)
+        error = self._try(compare)
+        self._source.drain()
+        error = _from_rank_0(error)
+        if error is not None:
+            raise EngineError(f"weight check: {error}")
+        return compared
+
+    def close(self) -> None:
+        """Leave the engines' transfer group; they go on serving."""
+        if self._transfer is not None:
+            self._try(self._fleet.release)
+            self._transfer.shutdown()
+            self._transfer = None
+
+    def _together(self, action: Callable[[], None]) -> None:
+        error = _from_rank_0(self._try(action))
+        if error is not None:
+            raise EngineError(f"weight sync: {error}")
+
+    def _try(self, action: Callable[[], None]) -> str | None:
+        """Run the action on rank 0 only; the message of a failed transfer, None if all went well."""
+        if self._rank != 0:
+            return None
+        try:
+            action()
+        except (RuntimeError, ValueError, OSError) as error:  # EngineError and torch's distributed errors included
+            return str(error)
+        return None
+
+    def _rendezvous(self) -> None:
+        if self._transfer is not None:
+            self._transfer.shutdown()
+            self._transfer = None
+        self._fleet.recover()
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        init_info = self._init_info(1 + self._fleet.count_workers())
+        self._transfer = WeightTransferTrainerFactory.trainer_init(init_info, client=self._fleet, source=self._source)
+
+    def _init_info(self, world_size: int) -> Any:
+        port = _free_port()
+        if self._backend == "nccl":
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            return NCCLTrainerInitInfo(self._master_address, port, world_size, rank=0)
+        from megatron_ra3.rollout.vllm_plugin import gloo_transfer
+
+        gloo_transfer.register_backend()
+        return gloo_transfer.GlooTrainerInitInfo(self._master_address, port, world_size, self._timeout_s, rank=0)
+
+    def _update(self, version: int) -> None:
+        if self._transfer is None:
+            raise EngineError("not connected; call connect() first")
+        fleet = self._fleet
+        fleet.version = str(version)
+        try:
+            fleet.post("/pause?mode=wait")
+            self._transfer.send_weights()
+        except (RuntimeError, ValueError, OSError) as error:
+            if fleet.undefined:
+                raise EngineError(f"{error}; the engines' weights are undefined, they stay paused") from error
+            fleet.recover()
+            raise
+        for url, answer in fleet.post("/reset_prefix_cache").items():
+            if not answer["success"]:
+                raise EngineError(f"engine {url}: the prefix cache could not be emptied")
+        for url, answer in fleet.get("/weight_info").items():
+            if answer["weight_version"] != fleet.version:
+                raise EngineError(f"engine {url} reports weight version {answer['weight_version']}, sent {version}")
+        fleet.undefined = False
+        fleet.post("/resume")
+
+
+class _SharedPass:
+    """One pass over a source that can be finished by someone else, in the shape of vLLM's own `WeightSource`."""
+
+    def __init__(self) -> None:
+        self._declared: list[tuple[str, Sequence[int], torch.dtype]] = []
+        self._pairs: Iterator[tuple[str, torch.Tensor]] = iter(())
+
+    def begin(self, source: WeightSource) -> None:
+        self._declared = list(source.metadata())
+        self._pairs = iter(source)
+
+    def drain(self) -> None:
+        for _ in self._pairs:
+            pass
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, dtype, tuple(shape)) for name, shape, dtype in self._declared]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._pairs
+
+
+class _Fleet:
+    """The engines as one: every call goes to all of them at once. Also vLLM's `VLLMWeightSyncClient`.
+
+    `undefined` says that an engine may hold a mixture of weights; until an update succeeds it must stay paused.
+    """
+
+    def __init__(self, urls: Iterable[str], timeout_s: float, *, staged: bool) -> None:
+        self._urls = [url.rstrip("/") for url in urls]
+        self._timeout_s = timeout_s
+        self._staged = staged
+        self._first_rank: dict[str, int] = {}
+        self.version = ""
+        self.undefined = False
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._all(
+            lambda url: self._call(
+                url, "/init_weight_transfer_engine", {"init_info": {**init_info, "rank_offset": self._first_rank[url]}}
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        self.undefined = self.undefined or not self._staged
+        self.post("/start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self.post("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.undefined = True
+        self.post("/finish_weight_update", {"weight_version": weight_version or self.version})
+
+    def count_workers(self) -> int:
+        """Workers of all engines; the rank of each engine's first one is kept for the rendezvous."""
+        rank = 1
+        for url, answer in self.get("/get_world_size").items():
+            self._first_rank[url] = rank
+            rank += answer["world_size"]
+        return rank - 1
+
+    def release(self) -> None:
+        """Let the engines leave the transfer group."""
+        self.post("/shutdown_weight_transfer_engine")
+
+    def recover(self) -> None:
+        """Undo what a failed update, or a trainer that died, may have left: an open update and a pause."""
+
+        def recover_one(url: str) -> None:
+            # An update that names nothing is refused, and that closes an open one.
+            self._call(url, "/update_weights", {"update_info": {}}, expect_refusal=True)
+            if not self.undefined:
+                self._call(url, "/resume", {})
+
+        self._all(recover_one)
+
+    def compare(self, source: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """`WeightSync.check` on rank 0."""
+        import torch
+
+        dtypes = {
+            url: getattr(torch, answer["vllm_config"]["model_config"]["dtype"].removeprefix("torch."))
+            for url, answer in self.get("/server_info?config_format=json").items()
+        }
+        digests = {
+            url: _by_name(answer["checksums"])
+            for url, answer in self.post("/weight_checker", {"action": "checksum"}).items()
+        }
+        compared = 0
+        for name, tensor in source:
+            for url, engine in digests.items():
+                found = engine.get(name, [DIGEST_OF_NOTHING])
+                sharded = tensor.ndim > 1 and (len(found) > 1 or tensor.shape[0] % VLLM_VOCABULARY_MULTIPLE != 0)
+                if sharded or DIGEST_OF_NOTHING in found:
+                    continue
+                if set(found) != {_digest(tensor.to(dtypes[url]))}:
+                    raise EngineError(f"engine {url}: {name} differs from the trainer's")
+                compared += 1
+        if not compared:
+            raise EngineError("not one tensor could be compared; do the source's names follow the engines' model?")
+        return compared
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Answers by URL; EngineError naming the first engine that failed, after all have been asked."""
+        return self._all(lambda url: self._call(url, path, body or {}))
+
+    def get(self, path: str) -> dict[str, Any]:
+        """As `post`."""
+        return self._all(lambda url: self._call(url, path, None))
+
+    def _all(self, call: Callable[[str], Any]) -> dict[str, Any]:
+        with ThreadPoolExecutor(max_workers=len(self._urls)) as pool:
+            calls = {url: pool.submit(call, url) for url in self._urls}
+        return {url: answer.result() for url, answer in calls.items()}
+
+    def _call(self, url: str, path: str, body: dict[str, Any] | None, *, expect_refusal: bool = False) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:  # noqa: S310
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            if expect_refusal:
+                return None
+            raise EngineError(f"engine {url} answered HTTP {error.code} to {path}: {error.read().decode()}") from error
+        except OSError as error:
+            raise EngineError(f"engine {url}: {path} failed within timeout_s={self._timeout_s:g}: {error}") from error
+
+
+def _by_name(checksums: dict[str, str]) -> dict[str, list[str]]:
+    """Digests of all workers by parameter name; vLLM's keys are `dp0:pp0:pcp0:tp0:name`."""
+    digests: dict[str, list[str]] = {}
+    for key, digest in checksums.items():
+        digests.setdefault(key.rpartition(":")[2], []).append(digest)
+    return digests
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    import torch
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def _from_rank_0(value: str | None) -> str | None:
+    """Rank 0's value, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _master_address(urls: Sequence[str]) -> str:
+    hosts = {urlsplit(url).hostname for url in urls}
+    return LOCAL_HOSTS[0] if hosts <= {*LOCAL_HOSTS, socket.gethostname()} else socket.gethostname()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,133 @@
+"""The whole loop, small and in process: what it writes, that stopping anywhere changes nothing, and its errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.em import midtrain
+from megatron_ra3.run import StopRequestedError
+from tests.distributed import run_ranks
+from tests.small import make_config
+
+PHASES = ["warmup"] * 2 + ["estep"] * 3 + ["bootstrap"] * 2 + ["mstep"] * 2 + ["evaluate"]
+
+
+def _metrics(config: RunConfig) -> list[dict[str, Any]]:
+    lines = Path(config.run_folder, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """An uninterrupted run."""
+    config = make_config(small_corpus, tmp_path_factory.mktemp("whole"))
+    midtrain(config)
+    return config
+
+
+def test_a_run_writes_every_phase_its_samples_summary_and_export(whole):
+    metrics = _metrics(whole)
+    assert [record["phase"] for record in metrics] == PHASES
+    assert [record["step"] for record in metrics] == list(range(1, 11))
+    estep = metrics[2]
+    assert 0.1 < estep["think_rate"] < 0.9
+    assert estep["reward"] < 0 < estep["nats_per_line"]
+    assert estep["mismatch"] > 0.01  # the gate is drawn half at random
+    summary = json.loads(Path(whole.run_folder, "summary.json").read_text())
+    assert summary["evaluate"]["nats_per_code_token"] == metrics[-1]["nats_per_code_token"]
+    assert 3 < metrics[-1]["nats_per_code_token"] < 9
+    samples = [json.loads(line) for line in Path(whole.run_folder, "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3
+    assert all(sample["text"].startswith("\n") for sample in samples)
+    exported = {path.name for path in Path(whole.run_folder, "export").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+
+
+def test_next_token_training_learns(small_corpus, tmp_path):
+    config = make_config(small_corpus, tmp_path, "em.rounds=0", "warmup.steps=40")
+    midtrain(config)
+    losses = [record["loss"] for record in _metrics(config)[:-1]]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5.0
+
+
+@pytest.mark.parametrize("stops", [(4,), (6, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1, 1)])
+def test_stopping_anywhere_and_resuming_changes_nothing(whole, small_corpus, tmp_path, stops):
+    for steps in stops:
+        with pytest.raises(StopRequestedError):
+            midtrain(make_config(small_corpus, tmp_path, f"checkpoint.stop_after_steps={steps}"))
+    config = make_config(small_corpus, tmp_path)
+    midtrain(config)
+    assert _metrics(config) == _metrics(whole)
+    exports = [Path(run.run_folder, "export", "model.safetensors").read_bytes() for run in (config, whole)]
+    assert exports[0] == exports[1]
+    samples = [Path(run.run_folder, "samples.jsonl").read_bytes() for run in (config, whole)]
+    assert samples[0] == samples[1]
+
+
+def test_a_killed_process_resumes_by_the_same_command(whole, small_corpus, tmp_path):
+    config = make_config(small_corpus, tmp_path, "checkpoint.every_steps=3")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    command = [sys.executable, "-m", "megatron_ra3", "midtrain", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "bootstrap r1 1/2" in line:
+            process.kill()
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "resumed from" in done.stdout
+    assert _metrics(config) == _metrics(whole)
+
+
+def _run(config: RunConfig) -> None:
+    midtrain(config)
+
+
+@pytest.mark.parametrize("overrides", [("parallel.tensor=2",), ("parallel.distributed_optimizer=true",)])
+def test_two_ranks_resume_bit_for_bit(small_corpus, tmp_path, overrides):
+    whole, parts = (make_config(small_corpus, tmp_path / name, *overrides) for name in ("whole", "parts"))
+    run_ranks(_run, 2, whole, timeout_s=300)
+    stopping = make_config(small_corpus, tmp_path / "parts", *overrides, "checkpoint.stop_after_steps=6")
+    with pytest.raises(RuntimeError, match="StopRequestedError"):
+        run_ranks(_run, 2, stopping, timeout_s=300)
+    run_ranks(_run, 2, parts, timeout_s=300)
+    assert [record["phase"] for record in _metrics(parts)] == PHASES
+    assert _metrics(parts) == _metrics(whole)
+
+
+def test_resuming_something_else_is_refused(whole, small_corpus, tmp_path):
+    shutil.copytree(whole.run_folder, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"estep\.penalty: 0\.05 in the checkpoint, 0\.2 now"):
+        midtrain(make_config(small_corpus, tmp_path, "estep.penalty=0.2"))
+
+
+def test_a_lost_annotation_file_is_named(small_corpus, tmp_path):
+    with pytest.raises(StopRequestedError):
+        midtrain(make_config(small_corpus, tmp_path, "checkpoint.stop_after_steps=7"))
+    (tmp_path / "run" / "annotated" / "replica-00000.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"replica-00000\.jsonl: holds 0 bytes but the checkpoint counts"):
+        midtrain(make_config(small_corpus, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("corpus.max_snippet_tokens=200",), "model has 256 positions; lower it to 128"),
+        (("parallel.tensor=2",), "cannot be split into replicas of tp=2"),
+        (("model.folder=/nonexistent",), "has no config.json"),
+        (("corpus.tokenizer=/nonexistent",), "nonexistent"),
+        (("corpus.folder=/nonexistent",), "nonexistent"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_starts(small_corpus, tmp_path, overrides, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        midtrain(make_config(small_corpus, tmp_path, *overrides))
