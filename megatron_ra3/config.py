@@ -158,8 +158,6 @@ class EngineConfig:
     cpu_kv_cache_bytes: int = 268435456
     block_size: int = 32
     """Tokens per prefix-cache block on CPU, a multiple of 32; GPUs use vLLM's own default."""
-    parity_tolerance: float = 1e-3
-    """Largest log-prob difference (nats, fp32) allowed between engine and trainer after the first sync."""
 
 
 @dataclass(frozen=True, kw_only=True)

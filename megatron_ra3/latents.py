@@ -126,9 +126,9 @@ class Trajectory:
     def from_json(cls, record: dict[str, object]) -> Trajectory:
         """Inverse of `to_json`; ValueError when the per-token lists differ in length."""
         trajectory = cls(**record)  # type: ignore[arg-type]
-        per_token = (trajectory.kinds, trajectory.line_index, trajectory.sampled, trajectory.engine_logprobs)
-        if any(len(values) != len(trajectory.token_ids) for values in per_token):
-            raise ValueError(f"trajectory {trajectory.snippet_id}: per-token lists of different lengths")
+        *per_token, thought, well_formed = (getattr(trajectory, name) for name in cls.__slots__[1:])
+        if len({len(values) for values in per_token}) != 1 or len(thought) != len(well_formed):
+            raise ValueError(f"trajectory {trajectory.snippet_id}: lists of different lengths")
         return trajectory
 
 
@@ -185,8 +185,8 @@ class LatentFormat:
         if self.surface == "newline":
             return gate_logprobs[0]
         act, think = gate_logprobs
-        top = max(act, think)
-        return think - top - math.log(math.exp(act - top) + math.exp(think - top))
+        gap = act - think
+        return -math.log1p(math.exp(gap)) if gap <= 0 else -gap - math.log1p(math.exp(-gap))
 
     def tokenize(
         self, tokenizer: Tokenizer, snippet_id: str, prompt: str, lines: Sequence[tuple[str | None, str]]

@@ -183,24 +183,23 @@ class Run:
     def sync_engine(self) -> None:
         """Bring the current weights to the engine, starting it on first use."""
         if self._engine is None:
-            self._engine = open_engine(self.config, self.trainer, self.format, self.folder)
+            self._engine = open_engine(self.config, self.trainer, self.format, self._initial_folder)
         self._engine.sync(self.progress.weight_version)
 
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica."""
         assert self._engine is not None, "sync_engine comes first"
-        sampler = self._sampler(rollouts_per_snippet)
         seed = self.config.seed * 1_000_003 + self.progress.total_steps
-        return self._engine.lead(lambda: sampler.sample(snippets, seed=seed))
+        return self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
 
     def sampling_metrics(self) -> dict[str, float]:
         """What the last `sample` call cost, over all replicas, per rollout."""
-        stats = self._samplers[self.config.estep.rollouts_per_snippet].stats
-        requests = float(stats.gate_queries + stats.generate_requests)
-        rollouts = float(self.config.estep.snippets_per_step * self.config.estep.rollouts_per_snippet)
-        if not self.layout.is_replica_leader:
-            requests = 0.0
-        return global_means(self.layout, {"requests_per_rollout": (requests, rollouts / self.layout.dp_size)})
+        requests = rollouts = 0.0
+        if self.layout.is_replica_leader:
+            stats = self._samplers[self.config.estep.rollouts_per_snippet].stats
+            requests = float(stats.gate_queries + stats.generate_requests)
+            rollouts = float(stats.rollouts)
+        return global_means(self.layout, {"requests_per_rollout": (requests, rollouts)})
 
     def latent_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Think rate and mean rationale length over all replicas."""

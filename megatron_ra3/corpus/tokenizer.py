@@ -64,16 +64,12 @@ class CodeTokenizer:
         return int(id_)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; several tokens together may spell one character.
-
-        Raises:
-            ValueError: the vocabulary has no such id.
-        """
+        """The bytes a token stands for, none for an unused id; several tokens together may spell one character."""
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
         if token is None:
-            raise ValueError(f"the tokenizer in {self.folder} has no token with id {token_id}")
+            return b""
         if self._byte_level:
             return bytes(_byte_of_symbol()[symbol] for symbol in token)
         return self.decode([token_id]).encode()

@@ -5,6 +5,7 @@ weight, so [tokens, vocabulary] never exists. Configs that ask for something thi
 because a silently ignored key (a sliding window, a rope scaling) trains a different model.
 """
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_ra3.model import cpu
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.model.weight_map import Geometry
 
 cpu.enable()
 
@@ -32,6 +34,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 FAMILIES = ("llama", "qwen2")
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "vocab_size",
+)
 
 
 class HiddenStatesModel(GPTModel):
@@ -102,14 +113,9 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def head_dim(hf_config: Mapping[str, Any]) -> int:
-    """Width of one attention head; configs may leave it out or set it to null."""
-    return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
-
-
-def kv_heads(hf_config: Mapping[str, Any]) -> int:
-    """Number of key/value heads (query groups)."""
-    return int(hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"])
+def has_transformer_engine() -> bool:
+    """Transformer Engine's fused layers are used when this holds, else Megatron's own ("local") ones."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,41 +128,42 @@ def rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def transformer_config(hf_config: Mapping[str, Any], layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
-    """Translate a Hugging Face config. Fusions need CUDA; sequence parallelism needs Transformer Engine's norm."""
-    on_gpu = torch.cuda.is_available()
+    """Translate a Hugging Face config. Fusions and sequence parallelism need Transformer Engine's layers."""
+    geometry = Geometry.of(hf_config)
+    fused = has_transformer_engine()
     return TransformerConfig(
-        num_layers=hf_config["num_hidden_layers"],
-        hidden_size=hf_config["hidden_size"],
-        num_attention_heads=hf_config["num_attention_heads"],
-        num_query_groups=kv_heads(hf_config),
-        kv_channels=head_dim(hf_config),
-        ffn_hidden_size=hf_config["intermediate_size"],
+        num_layers=geometry.layers,
+        hidden_size=geometry.hidden,
+        num_attention_heads=geometry.heads,
+        num_query_groups=geometry.kv_heads,
+        kv_channels=geometry.head_dim,
+        ffn_hidden_size=geometry.ffn,
         layernorm_epsilon=hf_config["rms_norm_eps"],
         normalization="RMSNorm",
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=hf_config["model_type"] == "qwen2",
+        add_qkv_bias=geometry.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
-        sequence_parallel=on_gpu and layout.tp_size > 1,
+        sequence_parallel=fused and layout.tp_size > 1,
         variable_seq_lengths=layout.pp_size > 1,
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - the default refuses variable lengths, experts or not
         cuda_graph_scope=[],
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize_summed_grads,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=on_gpu,
-        masked_softmax_fusion=on_gpu,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
 
@@ -177,7 +184,7 @@ def _finalize_summed_grads(model: list[Any], _num_tokens: Any = None, **kwargs: 
 def _gpt_model(
     config: TransformerConfig, hf_config: Mapping[str, Any], layout: ParallelLayout, vocab_rows: int
 ) -> HiddenStatesModel:
-    if torch.cuda.is_available():
+    if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -211,6 +218,9 @@ def _check(hf_config: Mapping[str, Any], layout: ParallelLayout) -> None:
     family = hf_config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type={family!r} is not supported: use one of {', '.join(FAMILIES)}")
+    for key in _REQUIRED:
+        if not hf_config.get(key):
+            raise ValueError(f"the model config lacks {key} (found {hf_config.get(key)!r}): add it to config.json")
     unsupported = {
         "hidden_act": hf_config.get("hidden_act", "silu") not in ("silu", "swish"),
         "use_sliding_window": bool(hf_config.get("use_sliding_window")),
@@ -224,11 +234,12 @@ def _check(hf_config: Mapping[str, Any], layout: ParallelLayout) -> None:
     kind = rope(hf_config)["rope_type"]
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type={kind!r} is not supported: use 'default' or 'llama3'")
+    geometry = Geometry.of(hf_config)
     divisors = {
-        "num_attention_heads": (hf_config["num_attention_heads"], "tp", layout.tp_size),
-        "num_key_value_heads": (kv_heads(hf_config), "tp", layout.tp_size),
-        "intermediate_size": (hf_config["intermediate_size"], "tp", layout.tp_size),
-        "num_hidden_layers": (hf_config["num_hidden_layers"], "pp", layout.pp_size),
+        "num_attention_heads": (geometry.heads, "tp", layout.tp_size),
+        "num_key_value_heads": (geometry.kv_heads, "tp", layout.tp_size),
+        "intermediate_size": (geometry.ffn, "tp", layout.tp_size),
+        "num_hidden_layers": (geometry.layers, "pp", layout.pp_size),
     }
     for key, (value, name, size) in divisors.items():
         if value % size:

@@ -36,6 +36,13 @@ class MicroBatch:
         """Return a copy on `device`."""
         return MicroBatch(self.token_ids.to(device), self.rows.to(device), self.targets.to(device))
 
+    def widened(self, multiple: int) -> "MicroBatch":
+        """Return the same with s padded to a multiple of `multiple`, as sequence parallelism needs."""
+        width = self.token_ids.shape[1]
+        extra = -width % multiple
+        rows = self.rows + self.rows // width * extra
+        return MicroBatch(torch.nn.functional.pad(self.token_ids, (0, extra)), rows, self.targets)
+
 
 def build_optimizer(
     model: RA3Model,
@@ -72,6 +79,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, [model.ddp], use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)  # a checkpoint before the first step has the same keys as later
+    for group in optimizer.param_groups:  # Megatron leaves this to its learning-rate scheduler
+        group["weight_decay"] = weight_decay * group["wd_mult"]
     return optimizer
 
 
@@ -181,6 +190,8 @@ class Trainer:
             hidden = model(batch.token_ids, positions, None)
             return hidden, lambda final: head(index, batch, final)
 
+        if self.model.config.sequence_parallel:
+            micro_batches = [batch.widened(self.layout.tp_size) for batch in micro_batches]
         on_device: Iterable[MicroBatch] = (batch.to(self.layout.device) for batch in micro_batches)
         return get_forward_backward_func()(
             forward_step_func=forward_step,

@@ -7,11 +7,12 @@ key-value cache: each token costs a forward pass over its whole prefix, which is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_ra3.batching import pack
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model.trainer import MicroBatch, Trainer
 from megatron_ra3.rollout.engine import GateQuery, GateScores, GenerateQuery, Generation, StopRule
@@ -45,7 +46,7 @@ class InProcessEngine:
 
     def gate_logprobs(self, queries: Sequence[GateQuery]) -> list[GateScores]:
         """Score gate rows of many prefixes; answers in the order of the queries."""
-        batches = list(_batches([query.token_ids for query in queries], self._max_batch_tokens))
+        batches = pack([len(query.token_ids) for query in queries], self._max_batch_tokens)
         micro_batches = [self._gate_micro_batch([queries[i] for i in batch]) for batch in batches]
         scores: dict[int, GateScores] = {}
         for batch, logprobs in zip(batches, self._trainer.score(micro_batches), strict=True):
@@ -63,7 +64,7 @@ class InProcessEngine:
         growing = list(range(len(queries)))
         for step in range(stop.max_tokens):
             sequences = [(*queries[i].token_ids, *drawn[i]) for i in growing]
-            for batch in _batches(sequences, self._max_batch_tokens):
+            for batch in pack([len(tokens) for tokens in sequences], self._max_batch_tokens):
                 logits = self._next_token_logits([sequences[k] for k in batch])
                 uniform = torch.stack([uniforms[growing[k]][step] for k in batch])
                 for k, token, logprob in zip(batch, *_draw(logits / self._temperature, uniform), strict=True):
@@ -93,18 +94,6 @@ class InProcessEngine:
         token_ids = _pad(sequences)
         ends = torch.tensor([k * token_ids.shape[1] + len(tokens) - 1 for k, tokens in enumerate(sequences)])
         return self._trainer.logits(token_ids, ends).double()
-
-
-def _batches(sequences: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences of like length, each batch within `max_tokens` padded tokens or a single sequence."""
-    batch: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if batch and (len(batch) + 1) * len(sequences[i]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _pad(sequences: Sequence[tuple[int, ...]]) -> Tensor:

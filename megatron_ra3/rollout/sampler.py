@@ -60,6 +60,7 @@ class SamplerStats:
     `forced_acts` are lines whose gate was not sampled because a rationale would not have fitted any more.
     """
 
+    rollouts: int = 0
     gate_queries: int = 0
     gate_rows: int = 0
     generate_requests: int = 0
@@ -105,6 +106,7 @@ class Sampler:
         """
         self.stats = SamplerStats()
         groups = self._begin(snippets)
+        self.stats.rollouts = sum(map(len, groups))
         unfinished = self._still_open([rollout for group in groups for rollout in group])
         while unfinished:
             scores = self._score_gates(unfinished)

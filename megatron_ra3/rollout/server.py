@@ -28,6 +28,7 @@ from megatron_ra3.rollout.engine import EngineError
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 LOG_TAIL_LINES = 30
+BINDINGS_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 # Fields of config.json that say how a model was saved, not what it is.
 VOLATILE_CONFIG_FIELDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 # A server started by a rank of torchrun would take that rank for its own.
@@ -128,8 +129,9 @@ class VllmServer:
 
     def log_tail(self) -> str:
         """The end of the log file, to be appended to an error message."""
-        lines = self.config.log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"; the end of {self.config.log_file}:", *lines])
+        lines = self.config.log_file.read_text(errors="replace").splitlines()
+        telling = [line for line in lines if not BINDINGS_NOISE.match(line)]
+        return "\n".join([f"; the end of {self.config.log_file}:", *telling[-LOG_TAIL_LINES:]])
 
     def __enter__(self) -> Self:
         self.start()
@@ -213,7 +215,9 @@ def _arguments(config: ServerConfig, port: int) -> list[str]:
         options["distributed-executor-backend"] = "uni"
     flags = ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     if on_cpu:
-        flags.append("--enforce-eager")
+        # A seeded request whose prompt is computed in chunks kills the CPU engine: V1 then turns the generator back
+        # by an offset that torch's CPU generator does not have.
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
     return [f"--{name}={value}" for name, value in options.items()] + flags + list(config.extra_args)
 
 

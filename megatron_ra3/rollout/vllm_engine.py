@@ -230,8 +230,9 @@ class VllmEngine:
         stopped = bool(tokens) and tokens[-1] in stop.stop_ids
         if not (stopped or len(tokens) == stop.max_tokens) or len(logprobs) != len(tokens):
             raise EngineError(
-                f"engine {url}: {len(tokens)} tokens, {len(logprobs)} log-probs, finish_reason="
-                f"{choice['finish_reason']!r}; expected a stop token or max_tokens={stop.max_tokens}"
+                f"engine {url}: {len(tokens)} tokens and {len(logprobs)} log-probs, finish_reason="
+                f"{choice['finish_reason']!r}, after a prefix of {len(query.token_ids)}; expected a stop token or "
+                f"max_tokens={stop.max_tokens} (vLLM cuts at its max_model_len)"
             )
         if not _finite(logprobs):
             raise EngineError(f"engine {url}: log-probs of sampled tokens are not finite: {logprobs}")

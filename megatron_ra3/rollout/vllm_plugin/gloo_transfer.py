@@ -96,7 +96,7 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
                 update_info.names, update_info.dtype_names, update_info.shapes, strict=True
             ):
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype_name), device="cpu")
-                _broadcast(self._group, tensor)
+                self._group.broadcast(_as_bytes(tensor), 0).wait()
                 self._staged.append((name, tensor))
         except BaseException:
             self._staged = []
@@ -113,12 +113,21 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         initialize_layerwise_reload(self.model)
         self.model.load_weights((name, tensor.to(self.device)) for name, tensor in staged)
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
         """Leave the trainer's group."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+        self._group = None
+
+    def _pack_tied_weights(self) -> None:
+        """Renew the copies that vLLM's CPU linear layers keep of their weights, where a reload does not.
+
+        A head tied to the embedding has no weights of its own to load, so it would go on with the copy it packed
+        when the server started: old logits from new hidden states.
+        """
+        for module in self.model.modules():
+            if hasattr(module, "cpu_linear") and module.weight.numel():
+                module.quant_method.process_weights_after_loading(module)
 
 
 class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
@@ -130,7 +139,7 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         self, *, client: base.VLLMWeightSyncClient, source: base.WeightSource, group: ProcessGroupGloo
     ) -> None:
         super().__init__(client=client, source=source)
-        self._group = group
+        self._group: ProcessGroupGloo | None = group
 
     @classmethod
     def trainer_init(
@@ -166,11 +175,11 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         )
         self.client.start_weight_update()
         with ThreadPoolExecutor(max_workers=1) as pool:
-            received = pool.submit(self._receive_at_engines, asdict(update_info))
+            received = pool.submit(self.client.update_weights, asdict(update_info))
             try:
                 self._send(declared)
             except BaseException as error:
-                self._group.abort()
+                self.shutdown()
                 if isinstance(error, RuntimeError):
                     received.result()  # a broken group is the symptom; an engine's own message says more
                 raise
@@ -178,25 +187,28 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
-        """Leave the group."""
-        self._group.abort()
-
-    def _receive_at_engines(self, update_info: dict[str, Any]) -> None:
-        try:
-            self.client.update_weights(update_info)
-        except BaseException:
-            self._group.abort()
-            raise
+        """Leave the group: its connections close with it, so that no worker waits for its time-out."""
+        self._group = None
 
     def _send(self, declared: Sequence[base.ParamMeta]) -> None:
         assert self.source is not None
+        assert self._group is not None
         for expected, (name, tensor) in zip(declared, self.source, strict=True):
             if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, tuple(expected.shape)):
                 raise ValueError(
                     f"weights: {name} {tensor.dtype} {tuple(tensor.shape)} where metadata() announced "
                     f"{expected.name} {expected.dtype} {tuple(expected.shape)}"
                 )
-            _broadcast(self._group, tensor.detach().to("cpu").contiguous())
+            self._group.broadcast(_as_bytes(tensor.detach().to("cpu").contiguous()), 0).wait()
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Pack the output layer anew: on CPU a tied one keeps a packed copy of the embedding that no reload renews."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> ProcessGroupGloo:
@@ -205,5 +217,5 @@ def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> ProcessGroupGl
     return ProcessGroupGloo(store, rank, info.world_size, timeout)
 
 
-def _broadcast(group: ProcessGroupGloo, tensor: torch.Tensor) -> None:
-    group.broadcast(tensor.view(-1).view(torch.uint8), 0).wait()
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)

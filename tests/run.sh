@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Everything that must be green: environment, linters, types, tests. Arguments go to pytest.
+# Without the system packages some tests skip and say so; with CI=true such a skip is a failure.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+system_packages=(slurm-wlm munge)
+
+bash tools/setup_env.sh
+
+install_system_packages() {
+    local missing=() package
+    for package in "${system_packages[@]}"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+    echo "run.sh: installing ${missing[*]}"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } \
+        >/dev/null </dev/null || echo "run.sh: could not install ${missing[*]}; tests that need them skip" >&2
+}
+if ((EUID == 0)) && command -v apt-get >/dev/null; then
+    install_system_packages
+fi
+
+export PATH="$PWD/.venv/bin:$PATH"
+failed=()
+ruff check . || failed+=("ruff check")
+ruff format --check . || failed+=("ruff format")
+mypy || failed+=(mypy)
+python -m pytest "$@" || failed+=(pytest)
+if ((${#failed[@]})); then
+    printf 'run.sh: failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
+    exit 1
+fi

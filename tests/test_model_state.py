@@ -1,0 +1,88 @@
+"""Save, die, load, go on: the same bits as without the interruption."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ra3.model import names, parallel
+from megatron_ra3.model.state import load_state, save_state
+from tests.distributed import run_ranks
+from tests.tiny_model import initialize, open_trainer, qwen2, random_folder, train, weights
+
+# (tp, pp, distributed optimizer)
+LAYOUTS = {1: [(1, 1, False)], 2: [(2, 1, False), (1, 2, False), (1, 1, True)]}
+
+
+def _draws() -> list[float]:
+    return [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+
+
+def _name(tp: int, pp: int, distributed: bool) -> str:
+    return f"tp{tp}pp{pp}{'distributed' if distributed else ''}"
+
+
+def _uninterrupted(layouts: list[tuple[int, int, bool]], folder: Path, root: Path) -> list[dict[str, Any]]:
+    found = []
+    for tp, pp, distributed in layouts:
+        layout = initialize(tp, pp)
+        trainer = open_trainer(folder, qwen2(), layout, distributed=distributed)
+        random.seed(layout.rank)
+        torch.manual_seed(layout.rank)
+        train(trainer, 2, range(3))
+        save_state(root / _name(tp, pp, distributed), trainer.model, trainer.optimizer)
+        curve = train(trainer, 2, range(3, 6))
+        found.append({"curve": curve, "weights": weights(trainer), "draws": _draws()})
+    parallel.destroy()
+    return found
+
+
+def _resumed(layouts: list[tuple[int, int, bool]], folder: Path, root: Path) -> list[dict[str, Any]]:
+    found = []
+    for tp, pp, distributed in layouts:
+        trainer = open_trainer(folder, qwen2(), initialize(tp, pp), distributed=distributed)
+        load_state(root / _name(tp, pp, distributed), trainer.model, trainer.optimizer)
+        curve = train(trainer, 2, range(3, 6))
+        found.append({"curve": curve, "weights": weights(trainer), "draws": _draws()})
+    parallel.destroy()
+    return found
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_resume_is_bitwise_in_fresh_processes(world_size, tmp_path):
+    folder = random_folder(tmp_path / "model", qwen2())
+    names.init_hf(tmp_path / "other", qwen2(), 99)  # the second run starts from other weights, so all must be loaded
+    arguments = (LAYOUTS[world_size], folder, tmp_path)
+    straight = run_ranks(_uninterrupted, 2, *arguments) if world_size == 2 else [_uninterrupted(*arguments)]
+    resumed = run_ranks(_resumed, world_size, LAYOUTS[world_size], tmp_path / "other", tmp_path)
+    for rank in range(world_size):
+        for layout, one, two in zip(LAYOUTS[world_size], straight[rank], resumed[rank], strict=True):
+            assert one["curve"] == two["curve"], layout
+            assert one["draws"] == two["draws"], layout
+            assert all(torch.equal(tensor, two["weights"][name]) for name, tensor in one["weights"].items()), layout
+    assert len({tuple(rank[0]["draws"]) for rank in straight}) == world_size
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path):
+    folder = random_folder(tmp_path / "model", qwen2())
+    trainer = open_trainer(folder, qwen2(), initialize())
+    with pytest.raises(FileNotFoundError, match="holds no complete training state"):
+        load_state(folder, trainer.model, trainer.optimizer)
+    with pytest.raises(FileExistsError, match="is not empty: remove it"):
+        save_state(folder, trainer.model, trainer.optimizer)
+
+
+def test_state_before_the_first_step_can_be_saved(tmp_path):
+    """torch's AdamW fails here: it has no step count yet."""
+    folder = random_folder(tmp_path / "model", qwen2())
+    for distributed in (False, True):
+        trainer = open_trainer(folder, qwen2(), initialize(), distributed=distributed)
+        save_state(tmp_path / str(distributed), trainer.model, trainer.optimizer)
+        expected = train(trainer, 1, range(1))
+        fresh = open_trainer(folder, qwen2(), initialize(), distributed=distributed)
+        train(fresh, 1, range(5, 7))
+        load_state(tmp_path / str(distributed), fresh.model, fresh.optimizer)
+        assert train(fresh, 1, range(1)) == expected

@@ -1,0 +1,464 @@
+"""The sampler is exact: an explicit law over a tiny vocabulary, small enough to enumerate every complete latent."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+from scipy.stats import chisquare
+
+from megatron_ra3.latents import Kind, LatentFormat, Snippet, Surface, Trajectory
+from megatron_ra3.rollout import sampler as sampler_module
+from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, Generation, StopRule
+from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
+
+EOS, NEWLINE, HASH, WORD, BLANK_LINE, ACT, THINK, END, X, Y = range(10)
+TOKENS = ("<eos>", "\n", "#", "a", "\n\n", "<act>", "<think>", "</think>", "x", "y")
+LINES = ((X,), (Y, X), (X, X, Y), (Y,), (X, Y))
+SNIPPET = Snippet("s", (EOS, Y), LINES, (None,) * len(LINES))
+CAP = 2
+WINDOWS: tuple[Any, ...] = (1, 2, 4, len(LINES), "auto")
+# Surface, exploration, window: each combination is tried either way, the window changing fastest.
+REPLAYED_CASES = [(*case, window) for case in (("newline", 0.3), ("special", 0.0)) for window in WINDOWS]
+COUNTED_CASES = [(*case, window) for case in (("newline", 0.0), ("special", 0.3)) for window in WINDOWS]
+
+Path = tuple[tuple[int, ...] | None, ...]  # per line: no rationale, or its sampled tokens
+
+
+class TinyTokenizer:
+    vocab_size = len(TOKENS)
+    eos_id = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return [TOKENS.index(text)]
+
+    def id_of(self, token: str) -> int:
+        return TOKENS.index(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return TOKENS[token_id].encode()
+
+
+FORMATS: dict[str, LatentFormat] = {
+    surface: LatentFormat.build(surface, TinyTokenizer()) for surface in ("newline", "special")
+}
+
+
+class Law:
+    """A fixed pseudo-random function of the whole prefix, so that a shifted row or a lost token shows."""
+
+    def __init__(self, surface: Surface) -> None:
+        self.surface = surface
+        self.rationale_ids = (WORD, END, NEWLINE) if surface == "special" else (WORD, NEWLINE, BLANK_LINE)
+        self._known: dict[tuple[int, ...], list[float]] = {}
+
+    def think(self, prefix: tuple[int, ...]) -> float:
+        return 0.05 + 0.5 * self._numbers(prefix)[0]
+
+    def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
+        think = self.think(prefix)
+        if self.surface == "newline":
+            return (math.log(think),)
+        mass = 0.01 + 0.1 * self._numbers(prefix)[1]  # the two gate tokens hold a small part of the vocabulary's law
+        return (math.log((1 - think) * mass), math.log(think * mass))
+
+    def rationale(self, prefix: tuple[int, ...]) -> dict[int, float]:
+        weights = [0.1 + number for number in self._numbers(prefix)[2:]]
+        return {token: weight / sum(weights) for token, weight in zip(self.rationale_ids, weights, strict=True)}
+
+    def _numbers(self, prefix: tuple[int, ...]) -> list[float]:
+        if prefix not in self._known:
+            generator = random.Random(repr(prefix))
+            self._known[prefix] = [generator.random() for _ in range(5)]
+        return self._known[prefix]
+
+
+LAWS: dict[str, Law] = {"newline": Law("newline"), "special": Law("special")}
+
+
+@dataclass
+class TabularEngine:
+    law: Any
+    collective: bool = False
+    version: int = 0
+    gate_calls: list[list[GateQuery]] = field(default_factory=list)
+    generate_calls: list[list[GenerateQuery]] = field(default_factory=list)
+
+    def gate_logprobs(self, queries: Sequence[GateQuery]) -> list[GateScores]:
+        assert len(set(queries)) == len(queries)
+        assert all(len(query.token_ids) == query.rows[-1] + 1 for query in queries)
+        self.gate_calls.append(list(queries))
+        self.version += 1
+        return [
+            GateScores(tuple(self.law.gate(query.token_ids[: row + 1]) for row in query.rows), self.version)
+            for query in queries
+        ]
+
+    def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
+        self.generate_calls.append(list(queries))
+        self.version += 1
+        return [self._generate(query, stop) for query in queries]
+
+    def _generate(self, query: GenerateQuery, stop: StopRule) -> Generation:
+        generator, drawn, logprobs = random.Random(query.seed), [], []
+        while len(drawn) < stop.max_tokens and not (drawn and drawn[-1] in stop.stop_ids):
+            law = self.law.rationale((*query.token_ids, *drawn))
+            drawn += generator.choices(list(law), list(law.values()))
+            logprobs.append(math.log(law[drawn[-1]]))
+        return Generation(tuple(drawn), tuple(logprobs), self.version)
+
+    def health(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_sampler(engine: Any, surface: Surface, rollouts: int, **settings: Any) -> Sampler:
+    settings = {"max_rationale_tokens": CAP, "max_sequence_tokens": 100} | settings
+    return Sampler(engine, FORMATS[surface], SamplerConfig(rollouts_per_snippet=rollouts, **settings))
+
+
+@cache
+def enumerate_law(surface: Surface, exploration: float) -> dict[Path, float]:
+    """Probability of every complete latent, written without any of the package's code."""
+    before_gate, act, think = ((NEWLINE,), (), (HASH,)) if surface == "newline" else ((), (ACT,), (THINK,))
+    close = NEWLINE if surface == "newline" else END
+    stops = {NEWLINE, BLANK_LINE, END, EOS}
+    law = LAWS[surface]
+
+    def rationales(prefix: tuple[int, ...], drawn: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], float]]:
+        if len(drawn) == CAP or (drawn and drawn[-1] in stops):
+            yield drawn, 1.0
+            return
+        for token, probability in law.rationale(prefix + drawn).items():
+            for full, rest in rationales(prefix, (*drawn, token)):
+                yield full, probability * rest
+
+    def walk(prefix: tuple[int, ...], line: int) -> Iterator[tuple[Path, float]]:
+        if line == len(LINES):
+            yield (), 1.0
+            return
+        q = (1 - exploration) * law.think(prefix + before_gate) + exploration / 2
+        for path, rest in walk(prefix + before_gate + act + LINES[line], line + 1):
+            yield (None, *path), (1 - q) * rest
+        opened = prefix + before_gate + think
+        for rationale, probability in rationales(opened):
+            ending = () if rationale[-1] == close else (close,)
+            for path, rest in walk(opened + rationale + ending + LINES[line], line + 1):
+                yield (rationale, *path), q * probability * rest
+
+    return dict(walk(SNIPPET.prompt, 0))
+
+
+def path_of(trajectory: Trajectory) -> Path:
+    """What was sampled, read back from a trajectory."""
+    rationales: list[tuple[int, ...]] = [() for _ in trajectory.thought]
+    for token, kind, line, sampled in zip(
+        trajectory.token_ids, trajectory.kinds, trajectory.line_index, trajectory.sampled, strict=True
+    ):
+        if kind == Kind.RATIONALE and sampled:
+            rationales[line] += (token,)
+    return tuple(
+        rationale if thought else None for rationale, thought in zip(rationales, trajectory.thought, strict=True)
+    )
+
+
+def pattern(path: Path) -> tuple[bool, ...]:
+    return tuple(rationale is not None for rationale in path)
+
+
+def first_think(path: Path) -> int:
+    return next((line for line, rationale in enumerate(path) if rationale is not None), len(path))
+
+
+def chi_square_p(observed: Counter[Any], exact: dict[Path, float], statistic: Any) -> float:
+    """p-value of the counts of a statistic of the path; cells expecting less than five counts are pooled."""
+    total = observed.total()
+    expected: Counter[Any] = Counter()
+    for path, probability in exact.items():
+        expected[statistic(path)] += probability * total
+    assert set(observed) <= set(expected)
+    small = [cell for cell in expected if expected[cell] < 5]
+    cells = [(observed[cell], expected[cell]) for cell in expected if expected[cell] >= 5]
+    if small:
+        cells.append((sum(observed[cell] for cell in small), sum(expected[cell] for cell in small)))
+    return float(chisquare(*zip(*cells, strict=True)).pvalue)
+
+
+def assert_logprobs_follow_the_law(trajectory: Trajectory, surface: Surface, exploration: float) -> None:
+    law, tokens = LAWS[surface], tuple(trajectory.token_ids)
+    assert sum(trajectory.sampled) >= len(LINES)
+    for i, kind in enumerate(trajectory.kinds):
+        if not trajectory.sampled[i]:
+            continue
+        thought = trajectory.thought[trajectory.line_index[i]]
+        if kind == Kind.GATE:
+            row_end = i + 1 if surface == "newline" and not thought else i
+            q = (1 - exploration) * law.think(tokens[:row_end]) + exploration / 2
+            exact = math.log(q if thought else 1 - q)
+        else:
+            exact = math.log(law.rationale(tokens[:i])[tokens[i]])
+        assert abs(trajectory.engine_logprobs[i] - exact) < 1e-12
+
+
+@pytest.mark.parametrize(("surface", "exploration", "window"), REPLAYED_CASES)
+def test_every_latent_has_its_exact_probability(
+    surface: Surface, exploration: float, window: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lead the sampler along each complete latent in turn; what it records must be the enumerated probability."""
+    exact = enumerate_law(surface, exploration)
+    paths = list(exact)
+
+    def lead(purpose: str, seed: int, rollout: Any) -> int:
+        line = rollout.trajectory.num_lines
+        if purpose == "rationale":
+            return rollout.number * len(LINES) + line
+        return 2**63 - 1 if paths[rollout.number][line] is None else 0
+
+    class LedEngine(TabularEngine):
+        def _generate(self, query: GenerateQuery, stop: StopRule) -> Generation:
+            rationale = paths[query.seed // len(LINES)][query.seed % len(LINES)]
+            assert rationale is not None
+            logprobs = tuple(
+                math.log(self.law.rationale(query.token_ids + rationale[:i])[token])
+                for i, token in enumerate(rationale)
+            )
+            return Generation(rationale, logprobs, 0)
+
+    monkeypatch.setattr(sampler_module, "_keyed_draw", lead)
+    sampler = make_sampler(LedEngine(LAWS[surface]), surface, len(paths), window=window, gate_exploration=exploration)
+    (trajectories,) = sampler.sample([SNIPPET], seed=0)
+    recorded = {
+        path_of(trajectory): math.exp(math.fsum(itertools.compress(trajectory.engine_logprobs, trajectory.sampled)))
+        for trajectory in trajectories
+    }
+    assert len(paths) == 6**5
+    assert recorded.keys() == exact.keys()
+    assert math.fsum(recorded.values()) == pytest.approx(1.0, abs=1e-12)
+    for path, probability in exact.items():
+        assert abs(recorded[path] / probability - 1) < 1e-11
+
+
+@pytest.mark.parametrize(("surface", "exploration", "window"), COUNTED_CASES)
+def test_sampled_frequencies_follow_the_law(surface: Surface, exploration: float, window: Any) -> None:
+    seed = 100 + COUNTED_CASES.index((surface, exploration, window))
+    engine = TabularEngine(LAWS[surface])
+    sampler = make_sampler(engine, surface, 20_000, window=window, gate_exploration=exploration)
+    (trajectories,) = sampler.sample([SNIPPET], seed=seed)
+    for trajectory in trajectories[:500]:
+        assert_logprobs_follow_the_law(trajectory, surface, exploration)
+    paths = [path_of(trajectory) for trajectory in trajectories]
+    exact = enumerate_law(surface, exploration)
+    for statistic in (first_think, pattern, lambda path: path[:2]):
+        assert chi_square_p(Counter(map(statistic, paths)), exact, statistic) > 0.001
+
+
+@pytest.mark.parametrize("surface", ["newline", "special"])
+def test_window_batch_and_order_change_nothing_that_is_sampled(surface: Surface) -> None:
+    prompt = SNIPPET.prompt + ((NEWLINE,) if surface == "newline" else (ACT,)) + LINES[0]
+    other = Snippet("t", prompt, LINES[1:], (None,) * 4)  # same tokens as SNIPPET's first window, from a later line on
+
+    def draw(snippets: list[Snippet], window: Any) -> dict[str, list[dict[str, object]]]:
+        sampler = make_sampler(TabularEngine(LAWS[surface]), surface, 50, window=window, gate_exploration=0.1)
+        groups = sampler.sample(snippets, seed=5)
+        records = {group[0].snippet_id: [trajectory.to_json() for trajectory in group] for group in groups}
+        for record in itertools.chain.from_iterable(records.values()):
+            del record["weight_versions"]  # counts the calls, which do differ
+        return records
+
+    expected = draw([SNIPPET, other], 1)
+    for window in WINDOWS[1:]:
+        assert draw([SNIPPET, other], window) == expected
+    assert draw([other, SNIPPET], "auto") == expected
+    assert draw([other], 2) == {"t": expected["t"]}
+
+
+def test_draws_differ_by_seed_rollout_and_repetition() -> None:
+    sampler = make_sampler(TabularEngine(LAWS["newline"]), "newline", 40)
+    first, again = sampler.sample([SNIPPET, SNIPPET], seed=1)
+    (other_seed,) = sampler.sample([SNIPPET], seed=2)
+    groups = [[path_of(trajectory) for trajectory in group] for group in (first, again, other_seed)]
+    assert all(len(set(group)) > 20 for group in groups)
+    assert all(a != b for a, b in itertools.combinations(groups, 2))
+
+
+class ThinkAt:
+    """Thinks almost surely before the lines (0-based) in `lines`, never elsewhere; every line is the token X."""
+
+    def __init__(self, *lines: int) -> None:
+        self.lines = lines
+
+    def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
+        return (-1e-300,) if prefix.count(X) in self.lines else (-1000.0,)
+
+    def rationale(self, prefix: tuple[int, ...]) -> dict[int, float]:
+        return {WORD: 0.5, NEWLINE: 0.5}
+
+
+TWELVE = Snippet("twelve", (EOS,), ((X,),) * 12, (None,) * 12)
+
+
+def test_jump_ahead_asks_less_and_rollouts_share_their_past() -> None:
+    """All four rollouts think before line 5; afterwards there is one past per distinct rationale."""
+
+    def counts(window: Any) -> tuple[int, int, int]:
+        engine = TabularEngine(ThinkAt(5))
+        sampler = make_sampler(engine, "newline", 4, window=window)
+        (trajectories,) = sampler.sample([TWELVE], seed=3)
+        assert [trajectory.thought.index(True) for trajectory in trajectories] == [5] * 4
+        assert len({path_of(trajectory) for trajectory in trajectories}) == 3
+        stats = sampler.stats
+        assert stats.gate_queries == sum(map(len, engine.gate_calls))
+        assert stats.gate_rows == sum(len(query.rows) for call in engine.gate_calls for query in call)
+        assert (stats.generate_requests, stats.lines, stats.thinks, stats.forced_acts) == (4, 48, 4, 0)
+        assert stats.rationale_tokens == sum(
+            len(rationale) for trajectory in trajectories for rationale in path_of(trajectory) if rationale
+        )
+        assert stats.prompt_tokens == sum(
+            len(query.token_ids) for call in (*engine.gate_calls, *engine.generate_calls) for query in call
+        )
+        assert len(engine.generate_calls) == 1
+        return stats.gate_queries, stats.gate_rows, len(engine.gate_calls)
+
+    # 6 gates are shared by all, the last 6 are asked for each of the 3 distinct rationales
+    assert counts(1) == (6 + 3 * 6, 6 + 3 * 6, 12)
+    assert counts(4) == (2 + 3 * 2, 4 + 4 + 3 * 6, 4)
+    assert counts(12) == (1 + 3, 12 + 3 * 6, 2)
+
+
+def test_rare_thinks_cost_a_tenth_of_the_queries() -> None:
+    long = Snippet("long", (EOS,), ((X,),) * 120, (None,) * 120)
+    queries = {}
+    for window in (1, "auto"):
+        sampler = make_sampler(TabularEngine(ThinkAt(40)), "newline", 8, window=window, max_sequence_tokens=1000)
+        sampler.sample([long], seed=0)
+        queries[window] = sampler.stats.gate_queries
+    assert queries[1] == 41 + 3 * 79
+    assert queries["auto"] < queries[1] / 10
+
+
+def test_automatic_window_follows_the_think_rate() -> None:
+    long = Snippet("long", (EOS,), ((X,),) * 400, (None,) * 400)
+
+    def windows(law: Any, calls: int) -> list[int]:
+        engine = TabularEngine(law)
+        sampler = make_sampler(engine, "newline", 1, max_sequence_tokens=10_000)
+        for seed in range(calls):
+            sampler.sample([long], seed=seed)
+        return [len(call[0].rows) for call in engine.gate_calls]
+
+    never = windows(ThinkAt(), 2)
+    assert never[:4] == [16, 17, 18, 20]
+    assert max(never) == 64
+    assert never[-2] == 64  # the estimate is kept between calls
+    always = windows(ThinkAt(*range(400)), 1)
+    assert always[:2] == [16, 16]
+    assert set(always[60:]) == {1}
+
+
+def test_think_is_refused_where_it_would_not_fit() -> None:
+    r"""The twelve lines take 25 tokens; `\n#`, two tokens and a close take four more than `\n`."""
+    for limit, most_thinks in ((28, 0), (29, 1), (33, 2), (100, 12)):
+        sampler = make_sampler(TabularEngine(ThinkAt(*range(12))), "newline", 30, max_sequence_tokens=limit)
+        (trajectories,) = sampler.sample([TWELVE], seed=0)
+        thinks = [sum(trajectory.thought) for trajectory in trajectories]
+        assert most_thinks in thinks
+        for trajectory in trajectories:
+            assert trajectory.num_lines == 12
+            assert len(trajectory.token_ids) <= limit
+            gate_sampled = {
+                line: sampled
+                for kind, line, sampled in zip(trajectory.kinds, trajectory.line_index, trajectory.sampled, strict=True)
+                if kind == Kind.GATE  # the last token of a gate decides
+            }
+            assert gate_sampled == dict(enumerate(trajectory.thought))
+        assert (sampler.stats.thinks, sampler.stats.forced_acts) == (sum(thinks), 30 * 12 - sum(thinks))
+
+
+def test_special_surface_uses_the_limit_up_to_the_last_token() -> None:
+    """The snippet takes 22 tokens; two tokens that do not close are closed by a third."""
+    snippet = Snippet("s", (EOS,), ((X, X),) * 7, (None,) * 7)
+
+    class Unclosed:
+        def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
+            return (-1000.0, 0.0)
+
+        def rationale(self, prefix: tuple[int, ...]) -> dict[int, float]:
+            return {WORD: 1.0}
+
+    for limit, thinks in ((24, 0), (25, 1), (27, 1), (28, 2), (43, 7)):
+        sampler = make_sampler(TabularEngine(Unclosed()), "special", 1, max_sequence_tokens=limit)
+        ((trajectory,),) = sampler.sample([snippet], seed=0)
+        assert trajectory.thought == [True] * thinks + [False] * (7 - thinks)
+        assert len(trajectory.token_ids) == 22 + 3 * thinks
+
+
+def test_snippet_over_the_limit_is_named() -> None:
+    sampler = make_sampler(TabularEngine(ThinkAt()), "newline", 1, max_sequence_tokens=24)
+    with pytest.raises(ValueError, match="snippet twelve: 25 tokens without any rationale, but max_sequence_tokens=24"):
+        sampler.sample([TWELVE], seed=0)
+
+
+def test_weight_versions_are_those_of_the_call() -> None:
+    engine = TabularEngine(ThinkAt(2))
+    ((trajectory,),) = make_sampler(engine, "newline", 1, window=2).sample([TWELVE], seed=0)
+    by_kind = {
+        (kind, line): version
+        for kind, line, version, sampled in zip(
+            trajectory.kinds, trajectory.line_index, trajectory.weight_versions, trajectory.sampled, strict=True
+        )
+        if sampled
+    }
+    expected = {(Kind.GATE, line): version for line, version in enumerate([1, 1, 2, 4, 4, 5, 5, 6, 6, 7, 7, 8])}
+    assert by_kind == expected | {(Kind.RATIONALE, 2): 3}
+
+
+def test_gate_law_at_its_ends() -> None:
+    """Exploration keeps a hopeless gate alive, with the log-prob of the mixture."""
+    for exploration in (1e-18, 0.5, 1.0):
+        sampler = make_sampler(TabularEngine(ThinkAt()), "newline", 400, gate_exploration=exploration)
+        (trajectories,) = sampler.sample([TWELVE], seed=0)
+        logprobs = {
+            (trajectory.thought[line], logprob)
+            for trajectory in trajectories
+            for line, kind, logprob in zip(
+                trajectory.line_index, trajectory.kinds, trajectory.engine_logprobs, strict=True
+            )
+            if kind == Kind.GATE and logprob != 0.0
+        }
+        act = {(False, math.log(1 - exploration / 2))} if exploration > 1e-17 else set()
+        think = {(True, math.log(exploration / 2))} if exploration > 1e-17 else set()
+        assert logprobs == act | think
+
+
+def test_nan_of_a_broken_model_is_an_engine_error() -> None:
+    class Broken:
+        def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
+            return (math.nan,)
+
+    with pytest.raises(EngineError, match="gate log-prob is NaN: snippet twelve, line 0"):
+        make_sampler(TabularEngine(Broken()), "newline", 1).sample([TWELVE], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollouts_per_snippet": 0}, "rollouts_per_snippet=0: must be at least 1"),
+        ({"max_rationale_tokens": 0}, "max_rationale_tokens=0: must be at least 1"),
+        ({"max_sequence_tokens": 8}, "max_sequence_tokens=8 has no room .* max_rationale_tokens=8: raise"),
+        ({"window": 0}, 'window=0: must be "auto" or a number of lines, at least 1'),
+        ({"window": "atuo"}, "window='atuo': must be"),
+        ({"gate_exploration": -0.1}, r"gate_exploration=-0.1: must lie in \[0, 1\]"),
+        ({"gate_exploration": 1.5}, "gate_exploration=1.5: must lie"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    good = {"rollouts_per_snippet": 4, "max_rationale_tokens": 8, "max_sequence_tokens": 64}
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**(good | settings))

@@ -1,0 +1,398 @@
+"""Two real vLLM servers with a tiny random model: sampling, live weights, and what happens when something dies.
+
+The servers are shared by the whole file and the last tests kill them, so the order of the tests matters.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, StopRule
+from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
+from megatron_ra3.rollout.vllm_engine import NEVER_SYNCED, VllmEngine
+from megatron_ra3.rollout.weights import WeightSync
+
+pytestmark = pytest.mark.vllm
+
+VOCABULARY = 322  # not a multiple of 64: vLLM pads it
+GATES = (11, 7)
+BLOCK = 32
+MODEL_LEN = 256
+TIMEOUT_S = 60.0
+# The second server computes long prompts in pieces. Only gates may do that: with a seed it kills the CPU engine.
+CHUNKED = ("--enable-chunked-prefill", "--max-num-batched-tokens=192")
+
+
+class Served(NamedTuple):
+    servers: list[VllmServer]
+    folder: Path
+    first: torch.nn.Module
+    second: torch.nn.Module
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self.servers]
+
+    def engine(self, count: int = 1, **options) -> VllmEngine:
+        return VllmEngine(self.urls[:count], GATES, **{"timeout_s": TIMEOUT_S, **options})
+
+
+class Weights:
+    """A Hugging Face model as a weight source; `before` is called with each tensor's number before it is given."""
+
+    def __init__(self, model, before=lambda number: None):
+        self.named = list(model.named_parameters())
+        self.before = before
+        self.given = 0
+
+    def metadata(self):
+        return [(name, tuple(parameter.shape), parameter.dtype) for name, parameter in self.named]
+
+    def __iter__(self):
+        for number, (name, parameter) in enumerate(self.named):
+            self.before(number)
+            self.given += 1
+            yield name, parameter
+
+
+def random_model(seed: int):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MODEL_LEN,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=3,
+    )
+    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    first, second = random_model(1), random_model(2)
+    first.save_pretrained(folder / "model")
+    servers = [
+        VllmServer(
+            ServerConfig(
+                folder / "model",
+                folder / f"vllm{number}.log",
+                dtype="float32",
+                max_model_len=MODEL_LEN,
+                block_size=BLOCK,
+                kv_cache_bytes=1 << 26,
+                max_num_seqs=64,
+                seed=number,
+                extra_args=((), CHUNKED)[number],
+            )
+        )
+        for number in range(2)
+    ]
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        yield Served(servers, folder / "model", first, second)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def draw(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
+
+
+def law(model, token_ids) -> Tensor:
+    """Log-probs of every next token, [len, vocabulary]."""
+    return model(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
+
+
+def assert_scores(model, queries: list[GateQuery], scores: list[GateScores], version: int) -> None:
+    for query, score in zip(queries, scores, strict=True):
+        expected = law(model, query.token_ids)[list(query.rows)][:, list(GATES)]
+        torch.testing.assert_close(torch.tensor(score.logprobs), expected, atol=1e-4, rtol=0)
+        assert score.weight_version == version
+
+
+def gate_queries(seed: int) -> list[GateQuery]:
+    """Long and short prefixes, last rows, equal queries, and prefixes that share cached blocks."""
+    long = draw(250, seed)
+    return [
+        GateQuery(long, (0, 31, 32, 190, 191, 192, 249)),
+        GateQuery(long[:70], (69, 2)),
+        GateQuery(long[:1], (0,)),
+        GateQuery(long[:70], (69, 2)),
+        GateQuery(long[:64] + draw(40, seed + 1), (103, 64, 63)),
+        *(GateQuery(draw(20 + 9 * index, seed + 2 + index), (index, 19 + index)) for index in range(8)),
+    ]
+
+
+def members(group: int) -> list[str]:
+    """Processes of a process group, zombies aside."""
+    table = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = (line.split(None, 2) for line in table.splitlines())
+    return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
+
+
+def engine_core(server: VllmServer) -> int:
+    table = subprocess.run(["ps", "-eo", "pgid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = (line.split(None, 2) for line in table.splitlines())
+    (found,) = [int(pid) for pgid, pid, args in rows if int(pgid) == server._process.pid and "EngineCore" in args]
+    return found
+
+
+def post(url: str, path: str) -> None:
+    with urllib.request.urlopen(urllib.request.Request(url + path, b"", method="POST"), timeout=TIMEOUT_S):
+        pass
+
+
+@contextmanager
+def connected(served: Served, **options) -> Iterator[WeightSync]:
+    sync = WeightSync(served.urls, **{"backend": "gloo", "timeout_s": TIMEOUT_S, **options})
+    try:
+        sync.connect()
+        yield sync
+    finally:
+        sync.close()
+
+
+@pytest.mark.parametrize("server", [0, 1], ids=["whole_prompts", "chunked_prompts"])
+def test_gate_logprobs_equal_transformers_also_where_the_prefix_cache_hides_rows(served, server):
+    engine = VllmEngine([served.urls[server]], GATES, timeout_s=TIMEOUT_S)
+    queries = gate_queries(seed=0)
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), NEVER_SYNCED)
+    before = engine.rescored_queries
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), NEVER_SYNCED)
+    # Now every full block is cached; hidden are the rows before the last block boundary of each prefix.
+    unique = set(queries)
+    hidden = [query for query in unique if min(query.rows) < (len(query.token_ids) - 1) // BLOCK * BLOCK]
+    assert 0 < len(hidden) < len(unique)
+    assert engine.rescored_queries - before == len(hidden)
+    engine.close()
+
+
+def test_generations_follow_the_models_law_and_keep_the_stop_token(served):
+    engine = served.engine(count=2, max_in_flight=3)
+    stop = StopRule(frozenset(range(0, VOCABULARY, 12)), max_tokens=12)
+    queries = [GenerateQuery(draw(10 + index, 100 + index), seed=index) for index in range(12)]
+    generations = engine.generate(queries, stop)
+    for query, generation in zip(queries, generations, strict=True):
+        whole = query.token_ids + generation.token_ids
+        rows = law(served.first, whole)[len(query.token_ids) - 1 : -1]
+        expected = rows.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
+        assert not stop.stop_ids & set(generation.token_ids[:-1])
+        assert generation.token_ids[-1] in stop.stop_ids or len(generation.token_ids) == stop.max_tokens
+        assert generation.weight_version == NEVER_SYNCED
+    ends = [generation.token_ids[-1] in stop.stop_ids for generation in generations]
+    assert 0 < sum(ends) < len(ends)
+
+    assert [g.token_ids for g in engine.generate(queries, stop)] == [g.token_ids for g in generations]
+    again = engine.generate([GenerateQuery(query.token_ids, query.seed + 1000) for query in queries], stop)
+    assert [g.token_ids for g in again] != [g.token_ids for g in generations]
+    engine.close()
+
+
+def test_greedy_generation_takes_the_likeliest_token(served):
+    engine = served.engine(temperature=0.0)
+    prefix = draw(30, 7)
+    (generation,) = engine.generate([GenerateQuery(prefix, seed=1)], StopRule(frozenset(), max_tokens=5))
+    rows = law(served.first, prefix + generation.token_ids)[len(prefix) - 1 : -1]
+    assert rows.argmax(-1).tolist() == list(generation.token_ids)
+    engine.close()
+
+
+def test_queries_with_the_same_beginning_go_to_the_same_engine_and_load_is_even(served):
+    engine = served.engine(count=2)
+    groups = [draw(100, 200 + group) for group in range(6)]
+    queries = [GenerateQuery(tokens[: 70 + 5 * member], 0) for tokens in groups for member in range(4)]
+    urls = engine._route(queries)
+    per_group = [set(urls[4 * group : 4 * group + 4]) for group in range(6)]
+    assert all(len(homes) == 1 for homes in per_group)
+    assert [len([homes for homes in per_group if homes == {url}]) for url in served.urls] == [3, 3]
+    assert engine._route(queries[::-1]) == urls[::-1]
+    engine.close()
+
+
+def test_what_an_engine_cannot_serve_is_an_error_that_names_it(served):
+    (url,) = served.urls[:1]
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9.*(refused|connect)"):
+        VllmEngine(["http://127.0.0.1:9"], GATES, timeout_s=5)
+    with pytest.raises(EngineError, match=f"{url} serves model 'Qwen2ForCausalLM-v322-.*expected 'other'"):
+        served.engine(expected_model="other")
+    with pytest.raises(EngineError, match=f"{url}: max_model_len={MODEL_LEN}, but queries may need 300"):
+        served.engine(min_model_len=300)
+    engine = served.engine(expected_model=served_model_name(served.folder), min_model_len=MODEL_LEN)
+    with pytest.raises(EngineError, match=f"(?s){url} answered HTTP 400: .*{MODEL_LEN}"):
+        engine.gate_logprobs([GateQuery(draw(MODEL_LEN + 1, 1), (0,))])
+    with pytest.raises(EngineError, match=f"{url}: 6 tokens .*'length', after a prefix of 250; .*max_tokens=20"):
+        engine.generate([GenerateQuery(draw(250, 1), 0)], StopRule(frozenset(), max_tokens=20))
+    with pytest.raises(ValueError, match="gate rows"):
+        engine.gate_logprobs([GateQuery((1, 2, 3), (3,))])
+    engine.close()
+
+
+def test_an_engine_that_does_not_answer_in_time_is_an_error_that_names_it(served):
+    engine = served.engine(timeout_s=3.0)
+    post(served.urls[0], "/pause?mode=wait")
+    try:
+        with pytest.raises(EngineError, match=f"{served.urls[0]}: no answer to .* within timeout_s=3"):
+            engine.gate_logprobs(gate_queries(seed=50))
+    finally:
+        post(served.urls[0], "/resume")
+    queries = gate_queries(seed=50)
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), NEVER_SYNCED)
+    engine.close()
+
+
+def test_sent_weights_are_served_under_their_version_by_every_engine(served):
+    engine, queries = served.engine(count=2), gate_queries(seed=20)
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), NEVER_SYNCED)  # fills the prefix caches
+    with connected(served) as sync:
+        sync.send(Weights(served.second), version=7)
+        for url in served.urls:
+            single = VllmEngine([url], GATES, timeout_s=TIMEOUT_S)
+            assert_scores(served.second, queries, single.gate_logprobs(queries), 7)
+            single.close()
+        (generation,) = engine.generate([GenerateQuery(queries[0].token_ids[:40], 1)], StopRule(frozenset(), 6))
+        whole = queries[0].token_ids[:40] + generation.token_ids
+        expected = law(served.second, whole)[39:-1].gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
+        assert generation.weight_version == 7
+        # Five norms; the biases of q, k and v are one tensor in vLLM, the linear weights are repacked on CPU.
+        assert sync.check(Weights(served.second)) == 2 * 5
+        with pytest.raises(EngineError, match=r"layernorm.weight differs from the trainer's"):
+            sync.check(Weights(served.first))
+        sync.send(Weights(served.first), version=8)
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), 8)
+    engine.close()
+
+
+def test_a_broken_transfer_is_tried_again_and_then_leaves_the_old_weights_served(served):
+    passes = itertools.count()
+
+    def fail_first(number):
+        if number == 5 and next(passes) == 0:
+            raise RuntimeError("export interrupted")
+
+    def fail_always(number):
+        if number == 5:
+            raise RuntimeError("export interrupted")
+
+    engine, queries = served.engine(count=2), gate_queries(seed=30)
+    with connected(served) as sync:
+        sync.send(Weights(served.second, fail_first), version=9)
+        assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
+        with pytest.raises(EngineError, match="weights version 10 not sent"):
+            sync.send(Weights(served.first, fail_always), version=10)
+        assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
+        sync.send(Weights(served.first), version=11)
+        assert_scores(served.first, queries, engine.gate_logprobs(queries), 11)
+    engine.close()
+
+
+def test_announced_and_given_weights_must_agree(served):
+    class Mislabelled(Weights):
+        def metadata(self):
+            first, *rest = super().metadata()
+            return [("model.other.weight", *first[1:]), *rest]
+
+    announced = r"where metadata\(\) announced model.other.weight"
+    with connected(served) as sync, pytest.raises(EngineError, match=announced):
+        sync.send(Mislabelled(served.second), version=12)
+
+
+def test_a_trainer_that_vanishes_leaves_the_old_weights_and_a_new_one_takes_over(served):
+    engine, queries = served.engine(count=2), gate_queries(seed=40)
+    before = engine.gate_logprobs(queries)
+    child = os.fork()
+    if child == 0:
+        try:
+            with connected(served) as sync:
+                sync.send(Weights(served.second, lambda number: os._exit(3) if number == 5 else None), version=13)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    with connected(served) as sync:
+        assert_scores(served.first, queries, engine.gate_logprobs(queries), before[0].weight_version)
+        sync.send(Weights(served.second), version=14)
+    assert_scores(served.second, queries, engine.gate_logprobs(queries), 14)
+    engine.close()
+
+
+def test_ranks_that_do_not_send_only_iterate(served):
+    sync = WeightSync(served.urls, backend="gloo", timeout_s=TIMEOUT_S, rank=1)
+    source = Weights(served.first)
+    sync.connect()
+    sync.send(source, version=99)
+    assert source.given == len(source.named)
+    sync.close()
+    engine = served.engine()
+    assert engine.gate_logprobs([GateQuery((1, 2, 3), (2,))])[0].weight_version == 14
+    engine.close()
+
+
+def test_a_stopped_server_leaves_no_process(served):
+    server = served.servers.pop()
+    group = server._process.pid
+    assert any("EngineCore" in process for process in members(group))
+    server.stop()
+    assert members(group) == []
+    assert not server.poll()
+
+
+def test_a_killed_engine_is_an_error_that_names_it_and_leaves_no_process(served):
+    (server,) = served.servers
+    engine, group, core = served.engine(), server._process.pid, engine_core(server)
+    queries = [GenerateQuery(draw(10, index), index) for index in range(64)]
+
+    def kill_soon():
+        time.sleep(0.3)
+        os.kill(core, signal.SIGKILL)
+        return time.monotonic()
+
+    def generate_until_it_fails():
+        while True:
+            engine.generate(queries, StopRule(frozenset(), max_tokens=200))
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        killed = pool.submit(kill_soon)
+        with pytest.raises(EngineError, match=server.url):
+            generate_until_it_fails()
+        assert time.monotonic() - killed.result() < 20
+    with pytest.raises(EngineError, match=server.url):
+        engine.health()
+    deadline = time.monotonic() + 20
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert members(group) == []
+    assert not server.poll()
+    assert "EngineCore" in server.log_tail()
+    with pytest.raises(EngineError, match=f"engine {server.url}: /update_weights failed"):
+        WeightSync([server.url], backend="gloo", timeout_s=5).connect()
+    engine.close()
