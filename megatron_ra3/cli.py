@@ -83,7 +83,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from megatron_ra3.run import export_checkpoint
+    from megatron_ra3.convert import export_checkpoint
 
     print(f"exported {export_checkpoint(config, arguments.out)} to {arguments.out}")
     return 0
@@ -91,7 +91,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from megatron_ra3.run import import_checkpoint
+    from megatron_ra3.convert import import_checkpoint
 
     print(f"imported {config.model.folder} as {import_checkpoint(config)}")
     return 0

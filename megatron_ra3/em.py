@@ -54,7 +54,7 @@ def bootstrap(run: Run, _phase: Phase) -> Metrics:
 def mstep(run: Run, phase: Phase) -> Metrics:
     """One step of next-token training on bootstrapped snippets."""
     if run.progress.step == 0 and run.config.em.restart_from_base:
-        run.restart_from_base()
+        run.assembly.reset_weights()
     config = run.config.mstep
     metrics = _next_token(run, phase, config, run.take_annotated(config.snippets_per_step))
     run.progress.mstep_tokens += int(metrics["tokens"])

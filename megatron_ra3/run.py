@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from megatron_ra3.annotated import AnnotatedStore
+from megatron_ra3.assembly import assemble
 from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, read_manifest
 from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
-from megatron_ra3.corpus.tokenizer import load_tokenizer
 from megatron_ra3.estep import EStep
-from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
+from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.model import names, parallel, state
-from megatron_ra3.model.build import build_model
-from megatron_ra3.model.trainer import Trainer, build_optimizer
 from megatron_ra3.mstep import NextToken, latent_means
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
@@ -34,11 +31,12 @@ from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it takes the machine back."""
 
 
 class StopRequestedError(Exception):
-    """`checkpoint.stop_after_steps` was reached; the state is saved."""
+    """A signal or `checkpoint.stop_after_steps` asked for an end; the state is saved."""
 
 
 class Run:
@@ -47,54 +45,58 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = Path(config.run_folder)
-        self.layout = parallel.initialize(
-            config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
-        )
-        self._check_batch_sizes()
-        if self.layout.rank == 0:
+        self.assembly = assembly = assemble(config)
+        self.layout = layout = assembly.layout
+        self.format = assembly.format
+        if layout.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.layout.barrier("run folder")
-        tokenizer = load_tokenizer(config.tokenizer_folder)
-        self.format = LatentFormat.build(config.latents.surface, tokenizer)
+        layout.barrier("run folder")
         self.tokenized = SnippetTokenizer(
-            tokenizer, self.format, config.latents.comments, config.corpus.max_snippet_tokens
+            assembly.tokenizer, self.format, config.latents.comments, config.corpus.max_snippet_tokens
         )
-        self.samples = SampleLog(self.folder, tokenizer, writes=self.layout.rank == 0)
         self.train = self._stream("train")
-        self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{self.layout.dp_rank:05d}.jsonl")
-        self._build_model(tokenizer.vocab_size)
+        self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{layout.dp_rank:05d}.jsonl")
+        tokens = config.parallel.micro_batch_tokens
+        self.estep = EStep(config.estep, assembly.trainer, layout, self.format, tokens)
+        self.next_token = NextToken(assembly.trainer, layout, self.format, tokens)
+        self.samples = SampleLog(self.folder, assembly.tokenizer, writes=layout.rank == 0)
         self.progress = Progress()
         self.phases = phases(config)
         self.metrics = MetricsLog(
             self.folder,
             total_steps=sum(phase.steps for phase in self.phases),
-            writes=self.layout.rank == 0,
+            writes=layout.rank == 0,
             wandb_project=config.logging.wandb_project,
             settings=to_dict(config),
         )
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=self.layout
+            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=layout
         )
+        manifest = Path(config.corpus.folder) / "manifest.json"
         self._identity = identity(
             config,
-            self.layout,
-            corpus=_sha256(Path(config.corpus.folder) / "manifest.json"),
-            tokenizer=tokenizer.fingerprint,
+            layout,
+            corpus=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            tokenizer=assembly.tokenizer.fingerprint,
         )
         self._engine: ServedEngine | None = None
         self._samplers: dict[int, Sampler] = {}
         self._think_rates: dict[int, float] = {}
         self._steps_here = 0
+        self._stop_reason = ""
         self._step_started = time.monotonic()
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
         self._restore()
+        self._handlers = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if self._engine is not None:
             self._engine.close()
         self.metrics.close()
@@ -135,18 +137,23 @@ class Run:
         }
         self.metrics.write(f"{phase.name} r{phase.round} {self.progress.step}/{phase.steps}", record)
         self._last[phase.name] = metrics
-        stopping = self._steps_here == self.config.checkpoint.stop_after_steps
+        if self._steps_here == self.config.checkpoint.stop_after_steps:
+            self._stop_reason = f"checkpoint.stop_after_steps={self._steps_here}"
+        stopping = self.layout.any_rank(bool(self._stop_reason))
         if stopping or self.progress.total_steps % self.config.checkpoint.every_steps == 0:
             self.save()
         if stopping:
-            raise StopRequestedError(f"stopped after {self._steps_here} steps as checkpoint.stop_after_steps asks")
+            reason = self._stop_reason or "another rank's signal"
+            raise StopRequestedError(
+                f"stopped after step {self.progress.total_steps} by {reason}; saved, the same command goes on"
+            )
 
     def finish(self) -> dict[str, Any]:
         """Save, export to Hugging Face format, and write the run's summary."""
         self.save()
         export = self.folder / "export"
         if not self.layout.broadcast_in_replica(export.exists()):
-            names.save_hf(self.model, export, self.model.hf_config, self.config.tokenizer_folder)
+            names.save_hf(self.assembly.model, export, self.assembly.model.hf_config, self.config.tokenizer_folder)
         summary = {"steps": self.progress.total_steps, "mstep_tokens": self.progress.mstep_tokens, **self._last}
         if self.layout.rank == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -183,7 +190,7 @@ class Run:
     def sync_engine(self) -> None:
         """Bring the current weights to the engine, starting it on first use."""
         if self._engine is None:
-            self._engine = open_engine(self.config, self.trainer, self.format, self._initial_folder)
+            self._engine = open_engine(self.config, self.assembly.trainer, self.format, self.assembly.initial_folder)
         self._engine.sync(self.progress.weight_version)
 
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
@@ -207,18 +214,15 @@ class Run:
 
     # State
 
-    def restart_from_base(self) -> None:
-        """Put back the weights the run began with; the optimizer starts anew."""
-        names.import_hf(self.model, self._initial_folder)
-        self._build_trainer()
-
-    def save(self) -> None:
+    def save(self) -> Path:
         """Save everything; OSError when the disk refuses, earlier checkpoints stay whole."""
-        self.checkpoints.save(
-            self.progress.total_steps,
-            self._manifest(),
-            lambda folder: state.save_state(folder, self.model, self.trainer.optimizer),
+        model, optimizer = self.assembly.model, self.assembly.trainer.optimizer
+        return self.checkpoints.save(
+            self.progress.total_steps, self._manifest(), lambda folder: state.save_state(folder, model, optimizer)
         )
+
+    def _request_stop(self, number: int, _frame: object) -> None:
+        self._stop_reason = signal.Signals(number).name
 
     def _manifest(self) -> dict[str, Any]:
         rates = {str(rollouts): sampler.think_rate for rollouts, sampler in self._samplers.items()}
@@ -241,7 +245,7 @@ class Run:
             return
         manifest = read_manifest(checkpoint)
         check_compatible(checkpoint, manifest, self._identity)
-        state.load_state(checkpoint / "state", self.model, self.trainer.optimizer)
+        state.load_state(checkpoint / "state", self.assembly.model, self.assembly.trainer.optimizer)
         self.progress = Progress(**manifest["progress"])
         self.train.load_state_dict(manifest["stream"])
         replica = manifest["replicas"][self.layout.dp_rank]
@@ -253,72 +257,6 @@ class Run:
         self.samples.rewind(manifest["samples_offset"])
         if self.layout.rank == 0:
             print(f"resumed from {checkpoint}", flush=True)
-
-    # Assembly
-
-    def _build_model(self, vocab_size: int) -> None:
-        settings = self.config.model
-        path = Path(settings.folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"model.folder={settings.folder}: has no config.json; give a Hugging Face folder")
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-        self._initial_folder = Path(settings.folder)
-        if settings.init == "random":
-            hf_config["vocab_size"] = vocab_size
-            self._initial_folder = self.folder / "initial"
-            if self.layout.rank == 0 and not self._initial_folder.exists():
-                names.init_hf(self._initial_folder, hf_config, self.config.seed, self.config.tokenizer_folder)
-            self.layout.barrier("initial weights")
-        self._check_model(hf_config, vocab_size)
-        self.model = build_model(
-            hf_config,
-            self.layout,
-            dtype=DTYPES[settings.dtype],
-            distributed_optimizer=self.config.parallel.distributed_optimizer,
-        )
-        names.import_hf(self.model, self._initial_folder)
-        self._build_trainer()
-
-    def _build_trainer(self) -> None:
-        settings = self.config.optimizer
-        optimizer = build_optimizer(
-            self.model,
-            lr=0.0,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad_norm,
-            distributed=self.config.parallel.distributed_optimizer,
-        )
-        tokens = self.config.parallel.micro_batch_tokens
-        self.trainer = Trainer(self.model, optimizer, self.layout)
-        self.estep = EStep(self.config.estep, self.trainer, self.layout, self.format, tokens)
-        self.next_token = NextToken(self.trainer, self.layout, self.format, tokens)
-
-    def _check_model(self, hf_config: dict[str, Any], vocab_size: int) -> None:
-        if hf_config["vocab_size"] < vocab_size:
-            raise ValueError(
-                f"tokenizer {self.config.tokenizer_folder} has {vocab_size} tokens but model.folder="
-                f"{self.config.model.folder} embeds {hf_config['vocab_size']}: give the tokenizer of that model"
-            )
-        longest = hf_config["max_position_embeddings"]
-        if longest < self.config.max_sequence_tokens:
-            raise ValueError(
-                f"corpus.max_snippet_tokens={self.config.corpus.max_snippet_tokens}: with rationales a trajectory may "
-                f"take {self.config.max_sequence_tokens} tokens but the model has {longest} positions; lower it to "
-                f"{longest // 2}"
-            )
-
-    def _check_batch_sizes(self) -> None:
-        sizes = {
-            "warmup.snippets_per_step": self.config.warmup.snippets_per_step,
-            "estep.snippets_per_step": self.config.estep.snippets_per_step,
-            "mstep.snippets_per_step": self.config.mstep.snippets_per_step,
-            "evaluate.snippets": self.config.evaluate.snippets,
-        }
-        for key, value in sizes.items():
-            if value < self.layout.dp_size:
-                raise ValueError(f"{key}={value}: must be at least the {self.layout.dp_size} data-parallel replicas")
 
     def _stream(self, split: str) -> ShardStream:
         settings = self.config.corpus
@@ -342,7 +280,3 @@ class Run:
             sampler.think_rate = self._think_rates.get(rollouts_per_snippet, sampler.think_rate)
             self._samplers[rollouts_per_snippet] = sampler
         return self._samplers[rollouts_per_snippet]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

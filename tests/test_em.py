@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,23 @@ def test_a_killed_process_resumes_by_the_same_command(whole, small_corpus, tmp_p
     assert _metrics(config) == _metrics(whole)
 
 
+def test_a_scheduler_signal_saves_and_ends_with_its_own_code(whole, small_corpus, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(make_config(small_corpus, tmp_path))))
+    command = [sys.executable, "-m", "megatron_ra3", "midtrain", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if "estep r1 1/3" in line:
+            process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75
+    assert "by SIGUSR1; saved" in output[-1]
+    midtrain(make_config(small_corpus, tmp_path))
+    assert _metrics(make_config(small_corpus, tmp_path)) == _metrics(whole)
+
+
 def _run(config: RunConfig) -> None:
     midtrain(config)
 
@@ -102,6 +121,29 @@ def test_two_ranks_resume_bit_for_bit(small_corpus, tmp_path, overrides):
     run_ranks(_run, 2, parts, timeout_s=300)
     assert [record["phase"] for record in _metrics(parts)] == PHASES
     assert _metrics(parts) == _metrics(whole)
+
+
+def _run_out_of_disk(config: RunConfig) -> str:
+    """Let no file grow beyond what a checkpoint needs, as a full disk would; return the error."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    try:
+        midtrain(config)
+    except OSError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_save_that_does_not_fit_is_reported_and_loses_nothing(whole, small_corpus, tmp_path):
+    with pytest.raises(StopRequestedError):
+        midtrain(make_config(small_corpus, tmp_path, "checkpoint.stop_after_steps=3"))
+    (message,) = run_ranks(_run_out_of_disk, 1, make_config(small_corpus, tmp_path, "checkpoint.every_steps=5"))
+    assert "cannot save checkpoint" in message
+    assert "step-00000005" in message
+    assert "earlier checkpoints are untouched" in message
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    midtrain(make_config(small_corpus, tmp_path))
+    assert _metrics(make_config(small_corpus, tmp_path)) == _metrics(whole)
 
 
 def test_resuming_something_else_is_refused(whole, small_corpus, tmp_path):

@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, StopRule
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
 from megatron_ra3.rollout.vllm_engine import NEVER_SYNCED, VllmEngine
 from megatron_ra3.rollout.weights import WeightSync
+from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.vllm
 
@@ -355,6 +357,24 @@ def test_ranks_that_do_not_send_only_iterate(served):
     engine = served.engine()
     assert engine.gate_logprobs([GateQuery((1, 2, 3), (2,))])[0].weight_version == 14
     engine.close()
+
+
+def connect_to_nobody() -> str:
+    dist.init_process_group("gloo")
+    sync = WeightSync(["http://127.0.0.1:9"], backend="gloo", timeout_s=5, rank=dist.get_rank())
+    try:
+        sync.connect()
+    except EngineError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return "connected"
+
+
+def test_every_rank_learns_that_an_engine_cannot_be_reached():
+    first, second = run_ranks(connect_to_nobody, 2)
+    assert "engine http://127.0.0.1:9: /update_weights failed" in first
+    assert second == first
 
 
 def test_a_stopped_server_leaves_no_process(served):

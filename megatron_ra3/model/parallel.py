@@ -93,6 +93,13 @@ class ParallelLayout:
         dist.all_gather_object(gathered, (self.dp_rank, self.is_replica_leader, value), group=self.control_group)
         return [item for _, leads, item in sorted(gathered, key=lambda entry: entry[0]) if leads]
 
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any rank; every rank must call."""
+        total = torch.tensor(int(flag))
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.control_group)
+        return bool(total)
+
     def barrier(self, name: str) -> None:
         """Wait for all ranks. RuntimeError after `timeout_s`, naming `name` and the first rank that is missing."""
         if self.world_size == 1:

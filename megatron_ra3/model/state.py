@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
@@ -36,7 +37,11 @@ def save_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
     if occupied:
         raise FileExistsError(f"checkpoint folder {target} is not empty: remove it or choose another")
     state = _sharded_state(model, optimizer, is_loading=False)
-    dist_checkpointing.save(state, str(target), content_metadata=dict(_METADATA))
+    try:
+        dist_checkpointing.save(state, str(target), content_metadata=dict(_METADATA))
+    except CheckpointException as failure:  # not an Exception, so nobody above would catch it
+        reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
+        raise OSError(f"the training state could not be written to {target}: {reasons}") from failure
 
 
 def load_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:

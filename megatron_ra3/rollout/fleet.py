@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,7 +18,7 @@ from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.trainer import MicroBatch, Trainer
 from megatron_ra3.rollout.engine import Engine, EngineError, GateQuery
 from megatron_ra3.rollout.inprocess import InProcessEngine
-from megatron_ra3.rollout.server import ServerConfig, VllmServer, serve_forever, served_model_name
+from megatron_ra3.rollout.server import ServerConfig, VllmServer, answers, serve_forever, served_model_name
 from megatron_ra3.rollout.vllm_engine import VllmEngine
 from megatron_ra3.rollout.weights import WeightSync
 
@@ -63,7 +64,7 @@ def serve(config: RunConfig) -> int:
     folder = Path(config.engine.model_folder or config.model.folder)
     if not config.engine.model_folder and config.model.init == "random":
         folder = Path(config.run_folder) / "initial"
-        _wait_for(folder / "config.json", config.engine.start_timeout_s)
+        _await((folder / "config.json").is_file, f"{folder}, which the trainer writes", config.engine.start_timeout_s)
     log_file = Path(config.run_folder) / f"engine-{config.engine.port}.log"
     serve_forever(_server_config(config, folder, log_file, seed=config.seed + config.engine.port))
     return 0
@@ -163,6 +164,8 @@ class Servers:
                 f"engine.urls names {len(settings.urls)} servers but there are {size} data-parallel replicas: every "
                 "replica needs one"
             )
+        for url in urls:
+            _await(partial(answers, url), f"engine {url}", settings.start_timeout_s)
         if not urls:
             log_file = Path(self.config.run_folder) / f"engine-{rank:05d}.log"
             seed = self.config.seed + 1 + rank
@@ -236,13 +239,13 @@ def _server_config(config: RunConfig, model_folder: Path, log_file: Path, *, see
     )
 
 
-def _wait_for(path: Path, timeout_s: float) -> None:
-    """Wait for a file that the trainer writes at its start; TimeoutError names it."""
-    print(f"waiting for {path}", flush=True)
+def _await(ready: Callable[[], bool], what: str, timeout_s: float) -> None:
+    """Wait until `ready`; EngineError naming what did not come."""
+    if ready():
+        return
+    print(f"waiting for {what}", flush=True)
     deadline = time.monotonic() + timeout_s
-    while not path.is_file():
+    while not ready():
         if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"{path} did not appear within engine.start_timeout_s={timeout_s:g}: has the trainer started?"
-            )
-        time.sleep(1.0)
+            raise EngineError(f"{what} did not appear within engine.start_timeout_s={timeout_s:g}")
+        time.sleep(0.5)

@@ -102,7 +102,7 @@ class VllmServer:
     def wait(self) -> None:
         """Return when the server answers; EngineError with the end of its log if it dies or takes too long."""
         deadline = time.monotonic() + self.config.start_timeout_s
-        while not self._answers():
+        while not answers(self.url):
             if not self.poll():
                 raise EngineError(f"vLLM server {self.url} died while starting{self.log_tail()}")
             if time.monotonic() > deadline:
@@ -147,31 +147,27 @@ class VllmServer:
     ) -> None:
         self.stop()
 
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
+
+def answers(url: str) -> bool:
+    """Whether the server at `url` is up and serves."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def serve_forever(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; EngineError with the end of the log when the server ends by itself."""
-    stopping = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    server = VllmServer(config)
-    with server:
-        print(f"serving {config.model_folder} at {server.url}, log in {config.log_file}", flush=True)
-        while not stopping:
-            if not server.poll():
-                raise EngineError(f"vLLM server {server.url} ended{server.log_tail()}")
-            time.sleep(0.5)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, also while the server starts
+    try:
+        with VllmServer(config) as server:
+            print(f"serving {config.model_folder} at {server.url}, log in {config.log_file}", flush=True)
+            while server.poll():
+                time.sleep(0.5)
+            raise EngineError(f"vLLM server {server.url} ended{server.log_tail()}")
+    except KeyboardInterrupt:
+        return
 
 
 def served_model_name(model_folder: Path) -> str:

@@ -87,7 +87,6 @@ class WeightSync:
                 return
             if attempt < attempts:
                 log.warning("weights version %d: %s; trying again with a new rendezvous", version, error)
-                self._together(self._rendezvous)
         raise EngineError(f"weights version {version} not sent: {error}")
 
     def check(self, source: WeightSource) -> int:
@@ -114,8 +113,7 @@ class WeightSync:
         """Leave the engines' transfer group; they go on serving."""
         if self._transfer is not None:
             self._try(self._fleet.release)
-            self._transfer.shutdown()
-            self._transfer = None
+        self._disconnect()
 
     def _together(self, action: Callable[[], None]) -> None:
         error = _from_rank_0(self._try(action))
@@ -133,14 +131,17 @@ class WeightSync:
         return None
 
     def _rendezvous(self) -> None:
-        if self._transfer is not None:
-            self._transfer.shutdown()
-            self._transfer = None
+        self._disconnect()
         self._fleet.recover()
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         init_info = self._init_info(1 + self._fleet.count_workers())
         self._transfer = WeightTransferTrainerFactory.trainer_init(init_info, client=self._fleet, source=self._source)
+
+    def _disconnect(self) -> None:
+        if self._transfer is not None:
+            self._transfer.shutdown()
+            self._transfer = None
 
     def _init_info(self, world_size: int) -> Any:
         port = _free_port()
@@ -155,13 +156,14 @@ class WeightSync:
 
     def _update(self, version: int) -> None:
         if self._transfer is None:
-            raise EngineError("not connected; call connect() first")
+            self._rendezvous()
         fleet = self._fleet
         fleet.version = str(version)
         try:
             fleet.post("/pause?mode=wait")
             self._transfer.send_weights()
         except (RuntimeError, ValueError, OSError) as error:
+            self._disconnect()
             if fleet.undefined:
                 raise EngineError(f"{error}; the engines' weights are undefined, they stay paused") from error
             fleet.recover()

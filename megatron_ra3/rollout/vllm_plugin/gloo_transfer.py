@@ -119,16 +119,6 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         """Leave the trainer's group."""
         self._group = None
 
-    def _pack_tied_weights(self) -> None:
-        """Renew the copies that vLLM's CPU linear layers keep of their weights, where a reload does not.
-
-        A head tied to the embedding has no weights of its own to load, so it would go on with the copy it packed
-        when the server started: old logits from new hidden states.
-        """
-        for module in self.model.modules():
-            if hasattr(module, "cpu_linear") and module.weight.numel():
-                module.quant_method.process_weights_after_loading(module)
-
 
 class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     """Trainer side, on the sender only (rank 0); the other ranks iterate the source themselves."""
@@ -203,7 +193,10 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack the output layer anew: on CPU a tied one keeps a packed copy of the embedding that no reload renews."""
+    """Pack the output layer anew: on CPU a tied one keeps a packed copy of the embedding that no reload renews.
+
+    Without this a synced engine computes new hidden states and the old model's logits from them.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():

@@ -1,0 +1,72 @@
+"""The whole loop against a real vLLM server: two tensor-parallel ranks, live weight sync, resume, a dead address."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ra3.config import to_dict
+from tests.small import make_config
+
+pytestmark = pytest.mark.vllm
+SETTINGS = ("engine.kind=vllm", "parallel.tensor=2", "engine.cpu_kv_cache_bytes=67108864", "estep.gate_exploration=0")
+
+
+def _midtrain(folder: Path, corpus: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    config = make_config(corpus, folder, *SETTINGS, *overrides)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    command += [f"--master-port={20000 + os.getpid() % 10000}", "-m", "megatron_ra3", "midtrain", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
+
+
+def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpus, tmp_path):
+    first = _midtrain(tmp_path, small_corpus, "checkpoint.stop_after_steps=4", "warmup.steps=20")
+    assert "stopped after step 4" in first.stdout, first.stderr
+    for stop in (20, 1):
+        stopped = _midtrain(tmp_path, small_corpus, f"checkpoint.stop_after_steps={stop}", "warmup.steps=20")
+        assert "stopped after" in stopped.stdout, stopped.stderr
+    done = _midtrain(tmp_path, small_corpus, "warmup.steps=20")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == list(range(1, 29))
+    esteps = [record for record in metrics if record["phase"] == "estep"]
+    assert len(esteps) == 3
+    assert all(record["mismatch"] < 1e-4 for record in esteps)
+    assert all(record["effective_samples"] > 0.999 for record in esteps)
+    assert any(record["grad_norm"] > 0 for record in esteps)
+    annotated = [json.loads(line) for line in (run / "annotated" / "replica-00000.jsonl").read_text().splitlines()]
+    versions = {
+        v for item in annotated for v, drawn in zip(item["weight_versions"], item["sampled"], strict=True) if drawn
+    }
+    assert versions == {23}
+    assert not _servers(run)
+
+
+def test_an_address_nobody_answers_is_named(small_corpus, tmp_path):
+    failed = _midtrain(
+        tmp_path, small_corpus, "engine.urls=[http://127.0.0.1:9]", "warmup.steps=0", "engine.start_timeout_s=3"
+    )
+    assert failed.returncode != 0
+    assert "ra3 midtrain: engine http://127.0.0.1:9" in failed.stderr
+    assert "start_timeout_s=3" in failed.stderr
+
+
+def _servers(run: Path) -> list[str]:
+    """Command lines of processes that still serve this run's model."""
+    lines = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run) in text and "vllm" in text:
+            lines.append(text)
+    return lines
