@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # RA3 mid-training end to end, small, with every real part: a base model from scratch on this Python's standard library,
 # two EM rounds (two tensor-parallel Megatron ranks, one vLLM engine), the NTP baseline on as many tokens, and a table.
-# Interrupted, the same command goes on where it stopped.
+# Interrupted, the same command goes on where it stopped. RA3_QUICKSTART names its folder, RA3_BASE_STEPS the steps of the
+# base model; key=value arguments go to all three runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-out=runs/quickstart
+out=${RA3_QUICKSTART:-runs/quickstart}
+settings=("corpus.folder=$out/corpus" "$@")
 
 train() {
     local name=$1
     shift
     echo "== $name"
     torchrun --nproc-per-node 2 --local-addr 127.0.0.1 -m megatron_ra3 midtrain examples/quickstart/run.yaml \
-        run_folder="$out/$name" "$@"
+        run_folder="$out/$name" "$@" "${settings[@]}"
 }
 
 if [[ ! -e $out/corpus/manifest.json ]]; then
@@ -21,7 +23,7 @@ if [[ ! -e $out/corpus/manifest.json ]]; then
     ra3 prepare --stdlib --out "$out/corpus" --tokenizer-vocab 4096 --max-lines 16 --max-chars 640 \
         --heldout-fraction 0.05
 fi
-train base model.init=random em.rounds=0 warmup.steps=300
+train base model.init=random em.rounds=0 warmup.steps="${RA3_BASE_STEPS:-300}"
 train ra3 model.folder="$out/base/export"
 tokens=$(python -c "import json; print(json.load(open('$out/ra3/summary.json'))['mstep_tokens'])")
 train ntp model.folder="$out/base/export" latents.comments=strip em.rounds=0 \

@@ -126,14 +126,9 @@ class LatentBatch:
         self.gate_sampled = torch.tensor(pairs.gate_sampled)
         self.gate_behaviour = torch.tensor(pairs.gate_behaviour)
         self.rationale_behaviour = torch.tensor(pairs.rationale_behaviour)
-        self.rationale_tokens = sum(item.num_rationale_tokens for item in trajectories)
+        self.rationale_tokens = torch.tensor([count for item in trajectories for count in item.rationale_lengths()])
         self._group_sizes = [len(group) for group in groups]
         self._line_of_token = torch.tensor(pairs.line_of_token)
-
-    @property
-    def num_decisions(self) -> int:
-        """Sampled latent decisions: gates that were drawn, and rationale tokens."""
-        return int(self.gate_sampled.sum()) + len(self.line_of_rationale)
 
     def read(self, logprobs: Tensor) -> LatentScores:
         """Turn the scored pairs [K] of `micro_batch` into log-probs of decisions and lines."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,22 +37,30 @@ class EStep:
     def update(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         """Score the rollouts, form advantages and take one optimizer step.
 
+        Where no group holds two different rollouts there is nothing to learn and no step is taken: Adam would blow
+        rounding noise up to a full-sized update.
+
         Args:
             groups: this replica's snippets, each with its G rollouts.
 
         Returns:
             Metrics over all replicas; rewards and log-probs in nats.
         """
-        trajectories = [item for group in groups for item in group]
-        packing = pack([len(item.token_ids) for item in trajectories], self.micro_batch_tokens)
-        members = [[trajectories[index] for index in indices] for indices in packing]
-        scored = [LatentBatch(items, self.format, with_lines=True) for items in members]
+        rollouts = _Rollouts.of(groups)
+        packing = pack([len(item.token_ids) for item in rollouts.items], self.micro_batch_tokens)
+        scored = [self._batch(rollouts, indices, with_lines=True) for indices in packing]
         logprobs = self.trainer.score([batch.micro_batch for batch in scored])
         scores = [batch.read(values.cpu()) for batch, values in zip(scored, logprobs, strict=True)]
         rewards = [self._rewards(batch, score) for batch, score in zip(scored, scores, strict=True)]
-        advantages = _regroup(rewards, packing, [item.num_lines for item in trajectories], groups, self.config)
-        result = self._policy_gradient(members, advantages)
-        return result | self._metrics(scored, scores, rewards)
+        advantages = rollouts.advantages(_per_item(rewards, packing, rollouts.items), self.config)
+        result = {"loss": 0.0, "grad_norm": 0.0}
+        if self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages)):
+            result = self._policy_gradient(rollouts, packing, advantages)
+        line_counts = [rollouts.per_line(rollouts.counts, indices) for indices in packing]
+        return result | self._metrics(scored, scores, rewards, line_counts)
+
+    def _batch(self, rollouts: _Rollouts, indices: Sequence[int], *, with_lines: bool) -> LatentBatch:
+        return LatentBatch([rollouts.items[index] for index in indices], self.format, with_lines=with_lines)
 
     def _rewards(self, batch: LatentBatch, scores: LatentScores) -> Tensor:
         assert scores.line is not None
@@ -67,47 +75,110 @@ class EStep:
         )
 
     def _policy_gradient(
-        self, members: Sequence[Sequence[Trajectory]], advantages: Sequence[Tensor]
+        self, rollouts: _Rollouts, packing: Sequence[Sequence[int]], advantages: Sequence[Tensor]
     ) -> dict[str, float]:
-        batches = [LatentBatch(items, self.format, with_lines=False) for items in members]
-        global_count = int(self.layout.sum_number_over_dp(sum(batch.num_decisions for batch in batches)))
+        batches = [self._batch(rollouts, indices, with_lines=False) for indices in packing]
+        credit = [count * advantage for count, advantage in zip(rollouts.counts, advantages, strict=True)]
+        line_credit = [torch.cat([credit[index] for index in indices]) for indices in packing]
+        decisions = sum(count * sum(item.sampled) for count, item in zip(rollouts.counts, rollouts.items, strict=True))
+        global_count = int(self.layout.sum_number_over_dp(decisions))
 
         def loss(index: int, logprobs: Tensor) -> Tensor:
-            batch, advantage = batches[index], advantages[index]
+            batch = batches[index]
             policy, behaviour, line = _decisions(batch, batch.read(logprobs))
             weights = objective.importance_weights(
                 policy, behaviour.to(policy.device), maximum=self.config.max_importance_weight
             )
             return objective.policy_gradient_loss(
-                policy, weights, advantage[line].to(policy.device), global_count=global_count
+                policy, weights, line_credit[index][line].to(policy.device), global_count=global_count
             )
 
         return self.trainer.step([batch.micro_batch for batch in batches], loss, lr=self.config.learning_rate)
 
     def _metrics(
-        self, batches: Sequence[LatentBatch], scores: Sequence[LatentScores], rewards: Sequence[Tensor]
+        self,
+        batches: Sequence[LatentBatch],
+        scores: Sequence[LatentScores],
+        rewards: Sequence[Tensor],
+        line_counts: Sequence[Tensor],
     ) -> dict[str, float]:
-        reward = torch.cat(list(rewards)).double()
-        thought = torch.cat([batch.thought for batch in batches])
-        line = torch.cat([score.line for score in scores if score.line is not None]).double()
         decisions = [_decisions(batch, score) for batch, score in zip(batches, scores, strict=True)]
-        policy = torch.cat([item[0] for item in decisions]).double()
-        behaviour = torch.cat([item[1] for item in decisions]).double()
+        policy = _joined([item[0] for item in decisions])
+        behaviour = _joined([item[1] for item in decisions])
+        drawn = _joined([count[item[2]] for count, item in zip(line_counts, decisions, strict=True)])
         weights = objective.importance_weights(policy, behaviour, maximum=self.config.max_importance_weight)
-        lines, thinks = float(len(reward)), float(thought.sum())
+        reward, count = _joined(rewards), _joined(line_counts)
+        nats = -_joined([score.line for score in scores if score.line is not None])
+        thought = _joined([batch.thought for batch in batches])
+        malformed = 1.0 - _joined([batch.well_formed for batch in batches])
+        rationale_tokens = _joined([batch.rationale_tokens for batch in batches])
+        lines, thinks, draws = count.sum(), (count * thought).sum(), drawn.sum()
         sums = {
-            "reward": (float(reward.sum()), lines),
-            "reward_think": (float(reward[thought].sum()), thinks),
-            "reward_act": (float(reward[~thought].sum()), lines - thinks),
-            "nats_per_line": (-float(line.sum()), lines),
+            "reward": ((count * reward).sum(), lines),
+            "reward_think": ((count * thought * reward).sum(), thinks),
+            "reward_act": ((count * (1.0 - thought) * reward).sum(), lines - thinks),
+            "nats_per_line": ((count * nats).sum(), lines),
             "think_rate": (thinks, lines),
-            "rationale_tokens": (float(sum(batch.rationale_tokens for batch in batches)), thinks),
-            "malformed_rate": (float(sum((~batch.well_formed).sum() for batch in batches)), thinks),
-            "mismatch": (float((policy - behaviour).abs().sum()), float(len(policy))),
-            "importance_weight": (float(weights.sum()), float(len(weights))),
-            "effective_samples": (float(objective.effective_sample_fraction(weights)), 1.0),
+            "rationale_tokens": ((count * rationale_tokens).sum(), thinks),
+            "malformed_rate": ((count * malformed).sum(), thinks),
+            "mismatch": ((drawn * (policy - behaviour).abs()).sum(), draws),
+            "importance_weight": ((drawn * weights).sum(), draws),
+            "square": ((drawn * weights**2).sum(), draws),
         }
-        return global_means(self.layout, sums)
+        means = global_means(self.layout, {name: (float(a), float(b)) for name, (a, b) in sums.items()})
+        square = means.pop("square")
+        return means | {"effective_samples": means["importance_weight"] ** 2 / square if square else 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Rollouts:
+    """Rollouts of all groups, each different one once: at low think rates most rollouts of a group are the same.
+
+    `counts` says how often each of `items` was drawn, `groups` which item each rollout of a group is.
+    """
+
+    items: list[Trajectory]
+    counts: list[int]
+    groups: list[list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Trajectory]]) -> _Rollouts:
+        rollouts = cls([], [], [])
+        for group in groups:
+            index_of: dict[tuple[int, ...], int] = {}
+            members = []
+            for item in group:
+                index = index_of.setdefault(tuple(item.token_ids), len(rollouts.items))
+                if index == len(rollouts.items):
+                    rollouts.items.append(item)
+                    rollouts.counts.append(0)
+                rollouts.counts[index] += 1
+                members.append(index)
+            rollouts.groups.append(members)
+        return rollouts
+
+    def advantages(self, rewards: Sequence[Tensor], config: EStepConfig) -> list[Tensor]:
+        """Per item [T] the leave-one-out advantage of each line, from its rewards [T]."""
+        advantages = [torch.zeros_like(item) for item in rewards]
+        for members in self.groups:
+            stacked = torch.stack([rewards[index] for index in members])
+            returns = objective.truncated_returns(stacked, horizon=config.horizon, discount=config.discount)
+            for index, advantage in zip(members, objective.leave_one_out(returns), strict=True):
+                advantages[index] = advantage
+        return advantages
+
+    def per_line(self, values: Sequence[float], indices: Sequence[int]) -> Tensor:
+        """Repeat one value per item over the lines of the items at `indices`."""
+        lengths = torch.tensor([self.items[index].num_lines for index in indices])
+        return torch.tensor([values[index] for index in indices], dtype=torch.float64).repeat_interleave(lengths)
+
+
+def _per_item(values: Sequence[Tensor], packing: Sequence[Sequence[int]], items: Sequence[Trajectory]) -> list[Tensor]:
+    """Cut per-line values of micro-batches into those of each item."""
+    found: dict[int, Tensor] = {}
+    for indices, batch in zip(packing, values, strict=True):
+        found.update(zip(indices, batch.split([items[index].num_lines for index in indices]), strict=True))
+    return [found[index] for index in range(len(items))]
 
 
 def _decisions(batch: LatentBatch, scores: LatentScores) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,24 +189,6 @@ def _decisions(batch: LatentBatch, scores: LatentScores) -> tuple[Tensor, Tensor
     return policy, behaviour, torch.cat([drawn, batch.line_of_rationale])
 
 
-def _regroup(
-    rewards: Sequence[Tensor],
-    packing: Sequence[Sequence[int]],
-    num_lines: Sequence[int],
-    groups: Sequence[Sequence[Trajectory]],
-    config: EStepConfig,
-) -> list[Tensor]:
-    """Advantages in the order of the micro-batches, from rewards in that order: per-line leave-one-out in a group."""
-    per_trajectory: dict[int, Tensor] = {}
-    for indices, values in zip(packing, rewards, strict=True):
-        per_trajectory.update(zip(indices, values.split([num_lines[i] for i in indices]), strict=True))
-    starts = list(accumulate((len(group) for group in groups), initial=0))
-    advantages: dict[int, Tensor] = {}
-    for start, end in pairwise(starts):
-        returns = objective.truncated_returns(
-            torch.stack([per_trajectory[index] for index in range(start, end)]),
-            horizon=config.horizon,
-            discount=config.discount,
-        )
-        advantages.update(enumerate(objective.leave_one_out(returns), start))
-    return [torch.cat([advantages[index] for index in indices]) for indices in packing]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One fp64 vector, also of no parts."""
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double() for part in parts)])

@@ -113,10 +113,12 @@ class Trajectory:
         """Number of latents decided so far, which is the number of finished lines between two steps."""
         return len(self.thought)
 
-    @property
-    def num_rationale_tokens(self) -> int:
-        """Tokens of all rationales, closing tokens included."""
-        return self.kinds.count(int(Kind.RATIONALE))
+    def rationale_lengths(self) -> list[int]:
+        """Tokens of each line's rationale, closing tokens included; 0 for `<act>`."""
+        lengths = [0] * self.num_lines
+        for kind, line in zip(self.kinds, self.line_index, strict=True):
+            lengths[line] += kind == Kind.RATIONALE
+        return lengths
 
     def to_json(self) -> dict[str, object]:
         """Plain dict of all fields."""

@@ -66,6 +66,6 @@ def latent_means(layout: ParallelLayout, trajectories: Sequence[Trajectory]) -> 
     thinks = float(sum(sum(item.thought) for item in trajectories))
     sums = {
         "think_rate": (thinks, float(sum(item.num_lines for item in trajectories))),
-        "rationale_tokens": (float(sum(item.num_rationale_tokens for item in trajectories)), thinks),
+        "rationale_tokens": (float(sum(sum(item.rationale_lengths()) for item in trajectories)), thinks),
     }
     return global_means(layout, sums)

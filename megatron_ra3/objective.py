@@ -65,9 +65,10 @@ def truncated_returns(rewards: Tensor, *, horizon: int, discount: float) -> Tens
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
-    """A_t^i = R_t^i - mean_{j != i} R_t^j for `returns` [G, T], G >= 2 (method.md 3)."""
+    """A_t^i = R_t^i - mean_{j != i} R_t^j for `returns` [G, T], G >= 2 (method.md 3); exactly 0 where all are equal."""
     group = returns.shape[0]
-    return (returns - returns.mean(dim=0, keepdim=True)) * (group / (group - 1))
+    relative = returns - returns[:1]
+    return (relative - relative.mean(dim=0, keepdim=True)) * (group / (group - 1))
 
 
 def importance_weights(policy_logprobs: Tensor, engine_logprobs: Tensor, *, maximum: float) -> Tensor:
@@ -83,8 +84,3 @@ def policy_gradient_loss(policy_logprobs: Tensor, weights: Tensor, advantages: T
 def next_token_loss(logprobs: Tensor, weights: Tensor, *, global_weight: float) -> Tensor:
     """-sum_u w_u log pi(u) / W over tokens [U]; W is the sum of weights over all ranks (method.md 5)."""
     return -(weights * logprobs).sum() / max(global_weight, 1e-30)
-
-
-def effective_sample_fraction(weights: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) in (0, 1], scalar; 1 when the engine samples from the trainer's law."""
-    return weights.sum() ** 2 / (weights.numel() * (weights**2).sum())

@@ -91,7 +91,7 @@ def test_newline_rendering_observed_is_the_commented_program() -> None:
     assert trajectory.thought == [False, True, False]
     assert trajectory.well_formed == [True, True, True]
     assert not any(trajectory.sampled)
-    assert trajectory.num_rationale_tokens == rationale
+    assert sum(trajectory.rationale_lengths()) == rationale
     assert snippet.num_code_tokens == first + second + third
 
 
@@ -232,7 +232,7 @@ def test_trajectory_survives_json() -> None:
     record = json.loads(json.dumps(trajectory.to_json()))
     assert Trajectory.from_json(record) == trajectory
     record["kinds"].pop()
-    with pytest.raises(ValueError, match="trajectory s: per-token lists of different lengths"):
+    with pytest.raises(ValueError, match="trajectory s: lists of different lengths"):
         Trajectory.from_json(record)
 
 

@@ -43,6 +43,10 @@ def test_leave_one_out_compares_with_the_mean_of_the_others():
     assert objective.leave_one_out(returns).tolist() == [[-3.0, -1.5], [-1.5, -1.5], [4.5, 3.0]]
 
 
+def test_equal_returns_have_no_advantage_at_all():
+    assert objective.leave_one_out(torch.full((3, 2), -3.8531)).tolist() == [[0.0, 0.0]] * 3
+
+
 def test_importance_weights_are_truncated_and_carry_no_gradient():
     policy = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True)
     weights = objective.importance_weights(policy, torch.tensor([-1.0, -4.0, -1.0]), maximum=2.0)
@@ -61,8 +65,3 @@ def test_policy_gradient_equals_advantage_times_weight_over_global_count():
 def test_next_token_loss_is_a_weighted_mean_over_the_global_weight():
     loss = objective.next_token_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.5]), global_weight=4.0)
     assert loss.item() == pytest.approx(0.5)
-
-
-def test_effective_sample_fraction_of_equal_and_of_one_dominating_weight():
-    assert objective.effective_sample_fraction(torch.ones(8)).item() == 1.0
-    assert objective.effective_sample_fraction(torch.tensor([1.0, 0.0, 0.0, 0.0])).item() == 0.25

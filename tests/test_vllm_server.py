@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +62,15 @@ def group_led_by_a_child_of(pid: int) -> int:
     return processes(parent=pid)[0].group
 
 
+@contextmanager
+def running(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_until(condition, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -100,16 +111,15 @@ def test_the_watchdog_kills_the_whole_group_when_parent_or_command_dies(victim):
         "subprocess.Popen([sys.executable, '-m', 'megatron_ra3.rollout.watchdog', str(os.getpid()),"
         f" sys.executable, '-c', {command!r}], start_new_session=True); time.sleep(321)"
     )
-    with subprocess.Popen([sys.executable, "-c", start]) as parent:
+    with running([sys.executable, "-c", start]) as parent:
         group = group_led_by_a_child_of(parent.pid)
         wait_until(lambda: any(process.command == "sleep 321" for process in processes(group=group)), 20)
         if victim == "command":
-            (middle,) = [process for process in processes(group=group) if command in process.command.split(" -c ")[1:]]
+            (middle,) = [each for each in processes(group=group) if not re.search(r"watchdog|^sleep", each.command)]
             os.kill(middle.pid, signal.SIGKILL)
         else:
             parent.kill()
         wait_until(lambda: not processes(group=group), 20)
-        parent.kill()
 
 
 @pytest.mark.vllm
@@ -137,7 +147,7 @@ def test_a_served_model_does_not_outlive_the_process_that_serves_it(tmp_path):
     command = [sys.executable, "-c", SERVE, str(folder), str(tmp_path / "log")]
     # Ranks of torchrun have these; a server that took them for its own would wait for other ranks.
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **torchrun}) as process:
+    with running(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **torchrun}) as process:
         line = process.stdout.readline()
         assert re.match(rf"serving {folder} at http://127\.0\.0\.1:\d+, log in ", line)
         group = group_led_by_a_child_of(process.pid)
@@ -149,7 +159,7 @@ def test_a_served_model_does_not_outlive_the_process_that_serves_it(tmp_path):
 @pytest.mark.vllm
 def test_serving_ends_without_an_error_on_sigterm_even_while_it_starts(tmp_path):
     folder = folder_with(tmp_path / "model")
-    with subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(tmp_path / "log")]) as process:
+    with running([sys.executable, "-c", SERVE, str(folder), str(tmp_path / "log")]) as process:
         group = group_led_by_a_child_of(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
