@@ -74,6 +74,11 @@ class EStep:
             line_reward=self.config.line_reward,
         )
 
+    def _sampling_law(self, batch: LatentBatch, policy: Tensor) -> Tensor:
+        """What the engine's log-probs of the decisions should be, were it the trainer."""
+        gates = int(batch.gate_sampled.sum())
+        return torch.cat([objective.explored(policy[:gates], self.config.gate_exploration), policy[gates:]])
+
     def _policy_gradient(
         self, rollouts: _Rollouts, packing: Sequence[Sequence[int]], advantages: Sequence[Tensor]
     ) -> dict[str, float]:
@@ -104,6 +109,7 @@ class EStep:
     ) -> dict[str, float]:
         decisions = [_decisions(batch, score) for batch, score in zip(batches, scores, strict=True)]
         policy = _joined([item[0] for item in decisions])
+        expected = _joined([self._sampling_law(batch, item[0]) for batch, item in zip(batches, decisions, strict=True)])
         behaviour = _joined([item[1] for item in decisions])
         drawn = _joined([count[item[2]] for count, item in zip(line_counts, decisions, strict=True)])
         weights = objective.importance_weights(policy, behaviour, maximum=self.config.max_importance_weight)
@@ -121,7 +127,7 @@ class EStep:
             "think_rate": (thinks, lines),
             "rationale_tokens": ((count * rationale_tokens).sum(), thinks),
             "malformed_rate": ((count * malformed).sum(), thinks),
-            "mismatch": ((drawn * (policy - behaviour).abs()).sum(), draws),
+            "mismatch": ((drawn * (expected - behaviour).abs()).sum(), draws),
             "importance_weight": ((drawn * weights).sum(), draws),
             "square": ((drawn * weights**2).sum(), draws),
         }

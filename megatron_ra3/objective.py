@@ -71,6 +71,11 @@ def leave_one_out(returns: Tensor) -> Tensor:
     return (relative - relative.mean(dim=0, keepdim=True)) * (group / (group - 1))
 
 
+def explored(policy_logprobs: Tensor, exploration: float) -> Tensor:
+    """log((1 - epsilon) q + epsilon/2): log-prob of a gate's choice when it explores (method.md 6), any shape."""
+    return torch.log((1.0 - exploration) * torch.exp(policy_logprobs) + exploration / 2)
+
+
 def importance_weights(policy_logprobs: Tensor, engine_logprobs: Tensor, *, maximum: float) -> Tensor:
     """w_u = min(exp(policy - engine), maximum), detached, same shape: trainer against sampling law (method.md 3)."""
     return torch.exp(policy_logprobs.detach() - engine_logprobs).clamp(max=maximum)

@@ -65,3 +65,9 @@ def test_policy_gradient_equals_advantage_times_weight_over_global_count():
 def test_next_token_loss_is_a_weighted_mean_over_the_global_weight():
     loss = objective.next_token_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.5]), global_weight=4.0)
     assert loss.item() == pytest.approx(0.5)
+
+
+def test_exploration_mixes_the_policy_with_a_coin():
+    law = objective.explored(torch.log(torch.tensor([0.9, 0.1])), 0.2)
+    assert law.exp().tolist() == pytest.approx([0.82, 0.18])
+    assert objective.explored(torch.tensor([-3.0]), 0.0).tolist() == pytest.approx([-3.0])

@@ -156,13 +156,13 @@ def gate_queries(seed: int) -> list[GateQuery]:
 
 def members(group: int) -> list[str]:
     """Processes of a process group, zombies aside."""
-    table = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-wweo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in table.splitlines())
     return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
 
 
 def engine_core(server: VllmServer) -> int:
-    table = subprocess.run(["ps", "-eo", "pgid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-wweo", "pgid=,pid=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in table.splitlines())
     (found,) = [int(pid) for pgid, pid, args in rows if int(pgid) == server._process.pid and "EngineCore" in args]
     return found

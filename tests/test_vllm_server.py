@@ -51,9 +51,9 @@ class Process(NamedTuple):
 
 def processes(*, parent: int | None = None, group: int | None = None) -> list[Process]:
     """All of a process group, or of the groups that children of `parent` lead; zombies aside."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
+    table = subprocess.run(["ps", "-wweo", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(None, 4) for line in table.stdout.splitlines()]
-    groups = {int(row[2]) for row in rows if int(row[1]) == parent} | {group}
+    groups = {int(row[2]) for row in rows if int(row[1]) == parent and row[0] == row[2]} | {group}
     return [Process(int(row[0]), int(row[2]), row[4]) for row in rows if int(row[2]) in groups and row[3][0] != "Z"]
 
 
