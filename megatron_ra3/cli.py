@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ from megatron_ra3 import __version__
 from megatron_ra3.config import load_config
 from megatron_ra3.rollout.engine import EngineError
 
+STOPPED = 75
+"""Exit status of a run that saved and left because it was asked to: start it again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status (2: bad input, 75: stopped on purpose, start again to go on)."""
+    """Run one subcommand; returns the exit status (2: bad input, 75: see STOPPED)."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -69,8 +73,9 @@ def _midtrain(arguments: argparse.Namespace) -> int:
     try:
         midtrain(config)
     except StopRequestedError as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end the other ranks when the first one leaves
         print(stop, flush=True)
-        return 75
+        return STOPPED
     return 0
 
 

@@ -100,6 +100,8 @@ class Run:
         if self._engine is not None:
             self._engine.close()
         self.metrics.close()
+        if kind is None or kind is StopRequestedError:
+            self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
         parallel.destroy()
 
     # Phases and steps

@@ -27,12 +27,12 @@ CONFIG = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 3000,
     "dtype": "float32",
 }
 SERVE = (
     "import sys; from pathlib import Path; from megatron_ra3.rollout.server import ServerConfig, serve_forever; "
-    "serve_forever(ServerConfig(Path(sys.argv[1]), Path(sys.argv[2]), dtype='float32', max_model_len=128,"
+    "serve_forever(ServerConfig(Path(sys.argv[1]), Path(sys.argv[2]), dtype='float32', max_model_len=3000,"
     " kv_cache_bytes=1 << 26, block_size=32, extra_args=('--load-format=dummy',)))"
 )
 

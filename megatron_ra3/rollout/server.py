@@ -27,6 +27,8 @@ from typing import Self
 from megatron_ra3.rollout.engine import EngineError
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
+# Tokens of one engine step; without chunked prefill every prompt must fit.
+CPU_BATCHED_TOKENS = 2048
 LOG_TAIL_LINES = 30
 BINDINGS_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 # Fields of config.json that say how a model was saved, not what it is.
@@ -214,6 +216,7 @@ def _arguments(config: ServerConfig, port: int) -> list[str]:
         # A seeded request whose prompt is computed in chunks kills the CPU engine: V1 then turns the generator back
         # by an offset that torch's CPU generator does not have.
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        options["max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, config.max_model_len, config.max_num_seqs)
     return [f"--{name}={value}" for name, value in options.items()] + flags + list(config.extra_args)
 
 

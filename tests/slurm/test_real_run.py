@@ -19,7 +19,7 @@ def test_sbatch_trains_on_one_node_and_samples_on_another(slurm, small_corpus, t
     config = to_dict(make_config(small_corpus, tmp_path, *settings))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     submitted = slurm.run(
-        "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", f"--chdir={tmp_path}",
+        "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--signal=B:USR1@1", f"--chdir={tmp_path}",
         str(ROOT / "slurm" / "ra3_midtrain.sbatch"), "run.yaml", "estep.steps=2",
         timeout_s=20, RA3_PYTHON=sys.executable, RA3_TASKS_PER_NODE="2", RA3_LOG_DIR=str(tmp_path / "logs"),
         OMP_NUM_THREADS="1",
