@@ -15,7 +15,7 @@ from megatron_ra3.latents import Trajectory
 
 
 class AnnotatedStore:
-    """A queue of trajectories on disk; `written` and `read` are its byte offsets."""
+    """A queue of trajectories on disk; `written` and `read` are its byte offsets. What was taken stays in the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,6 +34,10 @@ class AnnotatedStore:
             )
         os.truncate(self.path, written)
         self.written, self.read = written, read
+
+    def clear(self) -> None:
+        """Leave out what was not taken."""
+        self.read = self.written
 
     def append(self, trajectories: Iterable[Trajectory]) -> None:
         """Append and make durable."""

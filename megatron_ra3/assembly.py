@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 
 from megatron_ra3.config import RunConfig
-from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer
+from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names, parallel
-from megatron_ra3.model.build import RA3Model, build_model
+from megatron_ra3.model.build import RA3Model, build_model, check_config
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ORIGIN = "origin.json"
+"""File beside random initial weights: the seed, model config and tokenizer they were made from."""
 
 
 @dataclass(slots=True)
@@ -46,9 +50,13 @@ def assemble(config: RunConfig) -> Assembly:
         config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
     )
     _check_batch_sizes(config, layout)
-    tokenizer = load_tokenizer(config.tokenizer_folder)
-    hf_config, initial_folder = _initial_model(config, layout, tokenizer)
-    _check_model(config, hf_config, tokenizer.vocab_size)
+    _check_engines(config, layout)
+    hf_config = _read_model_config(config)
+    tokenizer = _load_tokenizer(config)
+    if config.model.init == "random":
+        hf_config["vocab_size"] = tokenizer.vocab_size
+    _check_model(config, layout, hf_config, tokenizer.vocab_size)
+    initial_folder = _initial_folder(config, layout, hf_config, tokenizer)
     model = build_model(
         hf_config,
         layout,
@@ -80,24 +88,91 @@ def _optimizer(config: RunConfig, model: RA3Model) -> Any:
     )
 
 
-def _initial_model(
-    config: RunConfig, layout: parallel.ParallelLayout, tokenizer: CodeTokenizer
-) -> tuple[dict[str, Any], Path]:
-    folder = Path(config.model.folder)
-    path = folder / "config.json"
+def _load_tokenizer(config: RunConfig) -> CodeTokenizer:
+    """Load the tokenizer; a pretrained model must not be trained on the ids of another one."""
+    try:
+        tokenizer = load_tokenizer(config.tokenizer_folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"corpus.tokenizer={config.corpus.tokenizer!r}: {error}") from error
+    own = tokenizer_fingerprint(Path(config.model.folder))
+    if config.model.init == "pretrained" and own not in ("", tokenizer.fingerprint):
+        raise ValueError(
+            f"corpus.tokenizer={config.corpus.tokenizer} is not the tokenizer of model.folder={config.model.folder} "
+            "(their tokenizer.json differ): leave corpus.tokenizer empty to use the model's"
+        )
+    return tokenizer
+
+
+def _read_model_config(config: RunConfig) -> dict[str, Any]:
+    path = Path(config.model.folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"model.folder={folder}: has no config.json; give a Hugging Face folder")
-    hf_config = json.loads(path.read_text(encoding="utf-8"))
-    if config.model.init == "random":
-        hf_config["vocab_size"] = tokenizer.vocab_size
-        folder = Path(config.run_folder) / "initial"
-        if layout.rank == 0 and not folder.exists():
-            names.init_hf(folder, hf_config, config.seed, config.tokenizer_folder)
-        layout.barrier("initial weights")
-    return hf_config, folder
+        raise FileNotFoundError(f"model.folder={path.parent}: has no config.json; give a Hugging Face folder")
+    try:
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{path}: must be an object, got {type(hf_config).__name__}")
+    return hf_config
 
 
-def _check_model(config: RunConfig, hf_config: dict[str, Any], vocab_size: int) -> None:
+def _initial_folder(
+    config: RunConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], tokenizer: CodeTokenizer
+) -> Path:
+    """The folder the weights come from; rank 0 draws random ones, and its failure is raised on all ranks."""
+    if config.model.init == "pretrained":
+        return Path(config.model.folder)
+    folder = Path(config.run_folder) / "initial"
+    failure: ValueError | OSError | None = None
+    if layout.rank == 0:
+        origin = {"seed": config.seed, "tokenizer": tokenizer.fingerprint, "config": hf_config}
+        try:
+            if folder.exists():
+                _check_origin(folder, origin)
+            else:
+                _draw_weights(folder, origin, config.tokenizer_folder)
+        except (ValueError, OSError) as error:
+            failure = error
+    layout.barrier("initial weights")
+    failure = layout.gather_from_leaders(failure)[0]
+    if failure is not None:
+        raise failure
+    return folder
+
+
+def _draw_weights(folder: Path, origin: dict[str, Any], tokenizer_folder: Path) -> None:
+    """Write random weights with a note of their origin; a folder of that name is always complete."""
+    staging = folder.with_name(".initial.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        names.init_hf(staging, origin["config"], origin["seed"], tokenizer_folder)
+        (staging / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """Refuse weights that were drawn from another seed, model config or tokenizer."""
+    try:
+        found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot tell what its weights were made from ({error}); remove it") from error
+    changed = [key for key in origin if found.get(key) != origin[key]]
+    if changed:
+        raise ValueError(
+            f"{folder} holds initial weights made from another {', '.join(changed)}: set that back, or remove the "
+            "folder to draw new ones"
+        )
+
+
+def _check_model(
+    config: RunConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], vocab_size: int
+) -> None:
+    try:
+        check_config(hf_config, layout)
+    except ValueError as error:
+        raise ValueError(f"{Path(config.model.folder) / 'config.json'}: {error}") from error
     if hf_config["vocab_size"] < vocab_size:
         raise ValueError(
             f"tokenizer {config.tokenizer_folder} has {vocab_size} tokens but model.folder={config.model.folder} "
@@ -121,3 +196,28 @@ def _check_batch_sizes(config: RunConfig, layout: parallel.ParallelLayout) -> No
     for key, value in sizes.items():
         if value < layout.dp_size:
             raise ValueError(f"{key}={value}: must be at least the {layout.dp_size} data-parallel replicas")
+
+
+def _check_engines(config: RunConfig, layout: parallel.ParallelLayout) -> None:
+    """Refuse servers that the replicas could not share or reach; collective over all ranks."""
+    engine, replicas = config.engine, layout.dp_size
+    if not config.em.rounds or engine.resolved_kind != "vllm" or replicas == 1:
+        return
+    if engine.urls:
+        if len(engine.urls) < replicas:
+            raise ValueError(
+                f"engine.urls names {len(engine.urls)} servers but there are {replicas} data-parallel replicas: every "
+                "replica needs one"
+            )
+        return
+    if engine.port:
+        raise ValueError(
+            f"engine.port={engine.port}: {replicas} data-parallel replicas would start their servers on one port; set "
+            "engine.port=0"
+        )
+    hosts = set(layout.gather_from_leaders(socket.gethostname()))
+    if len(hosts) > 1 and (engine.host == "localhost" or engine.host.startswith(("127.", "::1"))):
+        raise ValueError(
+            f"engine.host={engine.host}: the replicas' servers run on {', '.join(sorted(hosts))} and could not be "
+            "reached from one another; set engine.host=0.0.0.0"
+        )

@@ -47,8 +47,6 @@ class LatentScores:
 
     gate: Tensor
     """[T] log-prob of the gate's choice."""
-    think: Tensor
-    """[T] log q(think)."""
     rationale: Tensor
     """[R] log-prob of each sampled rationale token."""
     line: Tensor | None
@@ -141,36 +139,40 @@ class LatentBatch:
             act, think = torch.log_softmax(per_gate, dim=1).unbind(dim=1)
         gate = torch.where(self.thought.to(think.device), think, act)
         if not line_parts:
-            return LatentScores(gate=gate, think=think, rationale=rationale, line=None)
+            return LatentScores(gate=gate, rationale=rationale, line=None)
         tokens, openings = line_parts
         line = torch.zeros_like(gate).index_add(0, self._line_of_token.to(gate.device), tokens)
         if self.format.conditions_line:
             line = line - log1mexp(openings)
-        return LatentScores(gate=gate, think=think, rationale=rationale, line=line)
+        return LatentScores(gate=gate, rationale=rationale, line=line)
 
 
 class TokenBatch:
-    """A micro-batch for next-token training on annotated snippets: every token after the prompt is a target."""
+    """A micro-batch for next-token training on annotated snippets: every token after the prompt is a target.
 
-    def __init__(self, trajectories: Sequence[Trajectory], *, latent_weight: float) -> None:
+    `is_code` [K] marks tokens of the code as it stood before any rationale: lines, and in the newline form the newline
+    that opens a gate and ends the line before it. `weights` [K] is 1 there and `latent_weight` elsewhere.
+    """
+
+    def __init__(
+        self, trajectories: Sequence[Trajectory], latent_format: LatentFormat, *, latent_weight: float
+    ) -> None:
         tokens = pad(trajectories)
         width = tokens.shape[1]
-        targets = [
-            (row * width + position - 1, token, kind)
-            for row, item in enumerate(trajectories)
-            for position, (token, kind) in enumerate(zip(item.token_ids, item.kinds, strict=True))
-            if kind != Kind.PROMPT
-        ]
-        self.micro_batch = _micro_batch(tokens, [(row, token) for row, token, _ in targets])
-        self.is_code = torch.tensor([kind == Kind.LINE for _, _, kind in targets])
+        targets: list[tuple[int, int]] = []
+        is_code: list[bool] = []
+        for row, item in enumerate(trajectories):
+            previous = (int(Kind.PROMPT), -1)
+            for position, segment in enumerate(zip(item.kinds, item.line_index, strict=True)):
+                kind = segment[0]
+                if kind != Kind.PROMPT:
+                    targets.append((row * width + position - 1, item.token_ids[position]))
+                    ends_line = kind == Kind.GATE and segment != previous and bool(latent_format.gate_prefix)
+                    is_code.append(kind == Kind.LINE or ends_line)
+                previous = segment
+        self.micro_batch = _micro_batch(tokens, targets)
+        self.is_code = torch.tensor(is_code)
         self.weights = torch.where(self.is_code, 1.0, latent_weight)
-
-
-def original_tokens(trajectories: Sequence[Trajectory], latent_format: LatentFormat) -> int:
-    """Tokens of the code as it stood before any rationale: lines, and their newline where the gate carries it."""
-    return sum(
-        item.kinds.count(int(Kind.LINE)) + item.num_lines * len(latent_format.gate_prefix) for item in trajectories
-    )
 
 
 def _micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]]) -> MicroBatch:

@@ -1,12 +1,13 @@
 """Checkpoints: one folder per step, one manifest in it, written last and made visible by one rename.
 
-A run that dies while saving leaves a `.saving` folder that nobody reads; what was saved before is never touched. The
-loader fails closed: another format version, parallel layout, corpus, tokenizer or configuration is an error that
-names the difference, because a run resumed on something else goes on silently wrong.
+A run that dies while saving leaves a `.saving-` folder that nobody reads and the next save removes; what was saved
+before is never touched. The loader fails closed: another format version, parallel layout, model, corpus, tokenizer or
+configuration is an error that names the difference, because a run resumed on something else goes on silently wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,8 +19,27 @@ from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.model.parallel import ParallelLayout
 
 FORMAT_VERSION = 1
-FREE_TO_CHANGE = ("engine.", "checkpoint.", "logging.", "run_folder", "em.rounds", "corpus.folder", "model.folder")
-"""Settings (prefixes) that a resumed run may change: they alter neither the data nor the state."""
+FREE_TO_CHANGE = (
+    "engine.",
+    "checkpoint.",
+    "logging.",
+    "run_folder",
+    "parallel.micro_batch_tokens",
+    "parallel.timeout_s",
+    "corpus.folder",
+    "corpus.tokenizer",
+    "corpus.verify_checksums",
+    "model.folder",
+    "evaluate.samples_shown",
+    "em.rounds",
+)
+"""Settings (prefixes) that a resumed run may change: they alter neither data nor state, beyond the order of rounding.
+
+Of the folders, the content is compared instead, and `model.folder` itself where its weights are read again
+(`em.restart_from_base`). `em.rounds` may only grow, see `check_compatible`. `parallel.micro_batch_tokens` changes the
+order of sums, hence the last bits.
+"""
+_FINISHED = "step-" + "[0-9]" * 8
 
 
 class Checkpoints:
@@ -37,42 +57,57 @@ class Checkpoints:
         self.layout = layout
 
     def save(self, step: int, manifest: Mapping[str, Any], write_state: Callable[[Path], None]) -> Path:
-        """Write the state of all ranks, then the manifest, then rename; OSError leaves earlier checkpoints whole."""
+        """Write the state of all ranks, then the manifest, then rename; nothing where `step` is saved already.
+
+        `write_state` gets a folder to create. OSError, on every rank: saving failed on one of them; earlier
+        checkpoints are whole.
+        """
         final = self.folder / f"step-{step:08d}"
-        partial = final.with_suffix(".saving")
-        if self.layout.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.layout.barrier(f"checkpoint {step}: folder")
-        problem = ""
-        try:
-            write_state(partial / "state")
-            self.layout.barrier(f"checkpoint {step}: state written")
+        if self._all_ranks(self.layout.rank == 0 and _is_whole(final))[0]:
+            return final
+        partial = self.folder / f".saving-{final.name}"
+
+        def prepare() -> None:
+            if self.layout.rank == 0:
+                for leftover in self.folder.glob(".*-step-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def finish() -> None:
             if self.layout.rank == 0:
                 _finish(partial, final, {"format_version": FORMAT_VERSION, "step": step, **manifest})
-        except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
-            problem = f"{type(error).__name__}: {error}"
-        problems = [text for text in self._all_ranks(problem) if text]
-        if problems:
-            if self.layout.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"cannot save checkpoint {final}: {problems[0]} ({_free_bytes(self.folder)} bytes free); earlier "
-                "checkpoints are untouched: free space or set run_folder to another disk, then start again"
-            )
-        if self.layout.rank == 0:
-            for old in self.finished()[: -self.keep_last]:
-                shutil.rmtree(old)
+                for old in self.finished()[: -self.keep_last]:
+                    _remove(old)
+
+        for work in (prepare, lambda: write_state(partial / "state"), finish):
+            self._together(work, partial, final)
         return final
 
     def finished(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "manifest.json").is_file())
+        return sorted(path for path in self.folder.glob(_FINISHED) if (path / "manifest.json").is_file())
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same on every rank."""
         newest = self.finished()[-1:] if self.layout.rank == 0 else []
         return next(iter(self._all_ranks(newest)[0]), None)
+
+    def _together(self, work: Callable[[], None], partial: Path, final: Path) -> None:
+        """Do `work` on every rank; where it failed on one, OSError on all at once instead of a timeout."""
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
+            failure = error
+        problems = self._all_ranks(f"{type(failure).__name__}: {failure}" if failure else "")
+        if any(problems):
+            if self.layout.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"cannot save checkpoint {final}: {'; '.join(dict.fromkeys(filter(None, problems)))} "
+                f"({_free_bytes(self.folder)} bytes free); earlier checkpoints are untouched: free space or set "
+                "run_folder to another disk, then start again"
+            ) from failure
 
     def _all_ranks(self, value: Any) -> list[Any]:
         if self.layout.world_size == 1:
@@ -90,7 +125,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     ValueError: torn manifest, other format version, missing or cut file; the message names the checkpoint to fall
     back to, or that there is none.
     """
-    older = sorted(path.name for path in checkpoint.parent.glob("step-*") if path.name < checkpoint.name)
+    older = sorted(path.name for path in checkpoint.parent.glob(_FINISHED) if path.name < checkpoint.name)
     fallback = f"remove it to fall back to {older[-1]}" if older else "there is no older checkpoint to fall back to"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
@@ -111,18 +146,31 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose layout, corpus, tokenizer or settings differ; ValueError lists every difference."""
+    """Refuse a checkpoint whose layout, model, corpus, tokenizer or settings differ; ValueError lists every difference.
+
+    `em.rounds` may grow, which adds phases at the end; from 0, or back, it changes those that are done.
+    """
     differences = [
-        f"{key}: {manifest[key]} in the checkpoint, {expected[key]} now"
-        for key in ("layout", "corpus", "tokenizer")
-        if manifest[key] != expected[key]
+        f"{key}: {manifest.get(key)} in the checkpoint, {expected[key]} now"
+        for key in ("layout", "model", "corpus", "tokenizer")
+        if manifest.get(key) != expected[key]
     ]
     saved, current = _flat(manifest["config"]), _flat(expected["config"])
+    restarts = any(settings["em.restart_from_base"] for settings in (saved, current))
+    compared = {"model.folder"} if restarts else set()
     differences += [
         f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if saved.get(key) != current.get(key) and (key in compared or not key.startswith(FREE_TO_CHANGE))
     ]
+    before, now = saved["em.rounds"], current["em.rounds"]
+    if now < before:
+        differences.append(f"em.rounds: {before} in the checkpoint, {now} now; a resumed run may only add rounds")
+    elif now > before == 0:
+        differences.append(
+            f"em.rounds 0 -> {now} changes the phases: give the new run a run_folder of its own and start it from this "
+            "run's export"
+        )
     if differences:
         raise ValueError(
             f"checkpoint {checkpoint} belongs to another run:\n  "
@@ -131,10 +179,34 @@ def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Ma
         )
 
 
-def identity(config: RunConfig, layout: ParallelLayout, *, corpus: str, tokenizer: str) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it; `corpus` and `tokenizer` are fingerprints."""
+def identity(config: RunConfig, layout: ParallelLayout, *, model: str, corpus: str, tokenizer: str) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it.
+
+    `model` comes from `model_digest`; `corpus` and `tokenizer` are fingerprints of their content.
+    """
     sizes = {"tensor": layout.tp_size, "pipeline": layout.pp_size, "data": layout.dp_size}
-    return {"layout": sizes, "corpus": corpus, "tokenizer": tokenizer, "config": to_dict(config)}
+    return {"layout": sizes, "model": model, "corpus": corpus, "tokenizer": tokenizer, "config": to_dict(config)}
+
+
+def model_digest(hf_config: Mapping[str, Any]) -> str:
+    """sha256 of a Hugging Face config; without its dtype, which `model.dtype` decides."""
+    kept = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
+def _remove(checkpoint: Path) -> None:
+    """Hide, then delete: a kill in between leaves no half checkpoint to fall back to, and the next save goes on."""
+    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -144,8 +216,8 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # damaged, or it would not be written again
+        _remove(final)
     partial.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
@@ -160,4 +232,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +26,12 @@ class CorpusConfig:
     folder: str = ""
     """Folder with `manifest.json`, shards and their index."""
     tokenizer: str = ""
-    """Folder of a Hugging Face fast tokenizer; empty: `<corpus.folder>/tokenizer`."""
+    """Folder of a Hugging Face fast tokenizer; empty: `model.folder` if `model.init` is `pretrained`, else
+    `<corpus.folder>/tokenizer`. A pretrained model that holds a tokenizer takes no other one."""
     max_snippet_tokens: int = 512
     """Longer snippets are cut after the last whole line that fits; tokens, gates included."""
-    verify_checksums: bool = False
-    """Compare the sha256 of every shard at start."""
+    verify_checksums: bool = True
+    """The first rank compares the sha256 of every file at start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class LatentsConfig:
     comments: Literal["observe", "strip", "keep_as_code"] = "observe"
     """What native full-line comments become."""
     max_rationale_tokens: int = 16
-    """Sampled tokens per rationale at most, the closing token included."""
+    """Sampled tokens per rationale at most, the closing token included; `corpus.max_snippet_tokens` - 2 at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class ModelConfig:
     """The model to start from."""
 
     folder: str = ""
-    """Hugging Face folder (Qwen2 or Llama family): config.json and safetensors."""
+    """Hugging Face folder (Qwen2 or Llama family): config.json, safetensors and tokenizer."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: read only config.json; vocab_size follows the tokenizer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -136,7 +137,8 @@ class EmConfig:
 class EngineConfig:
     """The sampling engine."""
 
-    kind: Literal["vllm", "inprocess"] = "inprocess"
+    kind: Literal["auto", "vllm", "inprocess"] = "auto"
+    """`vllm`: servers; `inprocess`: the trainer's own weights, for small models; `auto`: vllm where it is installed."""
     urls: tuple[str, ...] = ()
     """Running servers (`ra3 serve`); empty: every replica starts one on its own machine."""
     host: str = "127.0.0.1"
@@ -158,6 +160,13 @@ class EngineConfig:
     cpu_kv_cache_bytes: int = 268435456
     block_size: int = 32
     """Tokens per prefix-cache block on CPU, a multiple of 32; GPUs use vLLM's own default."""
+
+    @property
+    def resolved_kind(self) -> Literal["vllm", "inprocess"]:
+        """`kind` with `auto` decided."""
+        if self.kind != "auto":
+            return self.kind
+        return "vllm" if importlib.util.find_spec("vllm") else "inprocess"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,42 +218,38 @@ class RunConfig:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer lies."""
-        return Path(self.corpus.tokenizer or Path(self.corpus.folder) / "tokenizer")
+        """Where the tokenizer lies; see `corpus.tokenizer`."""
+        if self.corpus.tokenizer:
+            return Path(self.corpus.tokenizer)
+        if self.model.init == "pretrained":
+            return Path(self.model.folder)
+        return Path(self.corpus.folder) / "tokenizer"
 
     @property
     def max_sequence_tokens(self) -> int:
         """Room of a trajectory: a whole snippet plus as many tokens again for its rationales."""
         return 2 * self.corpus.max_snippet_tokens
 
-    def fingerprint(self) -> str:
-        """sha256 over the settings that a checkpoint must share with the run that resumes it."""
-        kept = to_dict(self)
-        for section in ("engine", "checkpoint", "logging"):
-            del kept[section]
-        del kept["run_folder"]
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides (values parsed as YAML), validate.
 
     Raises:
-        ValueError: unknown key (nearest known name given), wrong type, or clashing settings.
+        ValueError: broken YAML (place given), unknown key (nearest known name given), wrong type, or clashing settings.
         FileNotFoundError: no such file.
     """
     tree: Any = {}
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"config file {path} does not exist")
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = _parse(Path(path).read_bytes(), f"config file {path}") or {}
         if not isinstance(tree, dict):
             raise ValueError(f"config file {path}: must be a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: write it as key=value, for instance estep.penalty=0.05")
-        _set(tree, key.strip(), yaml.safe_load(value))
+        _set(tree, key.strip(), _parse(value, f"override {override!r}"))
     config = _build(RunConfig, tree, "")
     validate(config)
     return config
@@ -263,6 +268,18 @@ def known_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from known_keys(hints[item.name], f"{prefix}{item.name}.")
         else:
             yield prefix + item.name
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    """Read YAML; ValueError with `where` and, if known, the line and column of the mistake."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{where}{place}: is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # undecodable bytes, or a date that does not exist
+        raise ValueError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -343,6 +360,12 @@ def validate(config: RunConfig) -> None:
             "latents.surface=newline with latents.comments=keep_as_code: a comment kept as code looks like a "
             "rationale; set latents.surface=special, or latents.comments=observe or strip"
         )
+    longest = config.corpus.max_snippet_tokens - 2
+    if latents.max_rationale_tokens > longest:
+        raise ValueError(
+            f"latents.max_rationale_tokens={latents.max_rationale_tokens}: a trajectory has room for {longest} at "
+            f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}; lower the former or raise the latter"
+        )
     if engine.kind == "inprocess" and engine.urls:
         raise ValueError("engine.urls is set but engine.kind=inprocess uses no server; set engine.kind=vllm")
     if engine.block_size % 32:
@@ -417,6 +440,9 @@ def _check_ranges(config: RunConfig) -> None:
     for key in _FRACTIONS:
         if not 0.0 <= _get(config, key) <= 1.0:
             raise ValueError(f"{key}={_get(config, key)}: must lie between 0 and 1")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0.0 <= _get(config, key) < 1.0:
+            raise ValueError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
     if config.estep.rollouts_per_snippet < 2:
         raise ValueError(
             f"estep.rollouts_per_snippet={config.estep.rollouts_per_snippet}: the leave-one-out baseline needs at "

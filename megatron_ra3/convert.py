@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from megatron_ra3.assembly import assemble
-from megatron_ra3.checkpoint import Checkpoints, read_manifest
+from megatron_ra3.assembly import DTYPES
+from megatron_ra3.checkpoint import Checkpoints, model_digest, read_manifest
 from megatron_ra3.config import RunConfig
 from megatron_ra3.model import names, parallel, state
+from megatron_ra3.model.build import build_model
 from megatron_ra3.run import Run
 
 
 def export_checkpoint(config: RunConfig, out: Path) -> Path:
     """Write the run's newest checkpoint as a Hugging Face folder `out`; returns the checkpoint.
 
-    Reads only, so it may be called beside the run itself. ValueError: the run has no checkpoint yet;
-    FileExistsError: `out` exists.
+    Runs as one process whatever layout wrote the checkpoint, and holds the whole model in memory. Only reads in the run
+    folder, so it may be called beside the run itself. ValueError: the run has no checkpoint yet, or one of another
+    model than `config` names; FileExistsError: `out` exists.
     """
-    assembly = assemble(config)
+    layout = parallel.initialize(1, 1, seed=config.seed, timeout_s=config.parallel.timeout_s)
     try:
         folder = Path(config.run_folder) / "checkpoints"
-        newest = Checkpoints(folder, keep_last=1, layout=assembly.layout).latest()
+        newest = Checkpoints(folder, keep_last=1, layout=layout).latest()
         if newest is None:
             raise ValueError(f"{folder} holds no checkpoint: run_folder is another run's, or it has not saved yet")
-        read_manifest(newest)
-        state.load_state(newest / "state", assembly.model, assembly.trainer.optimizer)
-        names.save_hf(assembly.model, out, assembly.model.hf_config, config.tokenizer_folder)
+        manifest = read_manifest(newest)
+        hf_config = _hf_config(config, newest, manifest)
+        model = build_model(hf_config, layout, dtype=DTYPES[manifest["config"]["model"]["dtype"]])
+        state.load_weights(newest / "state", model)
+        names.save_hf(model, out, hf_config, config.tokenizer_folder)
     finally:
         parallel.destroy()
     return newest
@@ -38,3 +45,16 @@ def import_checkpoint(config: RunConfig) -> Path:
         raise ValueError(f"{folder} exists: give the import a run_folder of its own")
     with Run(config) as run:
         return run.save()
+
+
+def _hf_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the model that the run trains, whose folder may have moved since the checkpoint."""
+    random = manifest["config"]["model"]["init"] == "random"
+    folder = Path(config.run_folder) / "initial" if random else Path(config.model.folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: put back the folder that the run of {checkpoint} started from")
+    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    if model_digest(hf_config) != manifest.get("model"):
+        raise ValueError(f"{path} describes another model than {checkpoint}: set model.folder to the one it came from")
+    return hf_config

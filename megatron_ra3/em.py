@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ra3.config import NextTokenConfig, RunConfig
 from megatron_ra3.latents import Trajectory
+from megatron_ra3.mstep import latent_means
 from megatron_ra3.run import Run
 from megatron_ra3.schedule import Phase, PhaseName, learning_rate, phase_fraction
 
@@ -44,11 +45,13 @@ def estep(run: Run, _phase: Phase) -> Metrics:
 
 def bootstrap(run: Run, _phase: Phase) -> Metrics:
     """Annotate the snippets of one coming M-step with the E-step's last weights."""
+    if run.progress.step == 0:
+        run.annotated.clear()
     run.sync_engine()
     snippets = run.next_snippets(run.config.mstep.snippets_per_step)
     annotated = [group[0] for group in run.sample(snippets, 1)]
     run.put_annotated(annotated)
-    return run.latent_metrics(annotated)
+    return latent_means(run.layout, annotated)
 
 
 def mstep(run: Run, phase: Phase) -> Metrics:

@@ -57,7 +57,8 @@ class EStep:
         if self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages)):
             result = self._policy_gradient(rollouts, packing, advantages)
         line_counts = [rollouts.per_line(rollouts.counts, indices) for indices in packing]
-        return result | self._metrics(scored, scores, rewards, line_counts)
+        thinking = _joined([torch.cat([advantages[index] for index in indices]) for indices in packing])
+        return result | self._metrics(scored, scores, rewards, line_counts, thinking)
 
     def _batch(self, rollouts: _Rollouts, indices: Sequence[int], *, with_lines: bool) -> LatentBatch:
         return LatentBatch([rollouts.items[index] for index in indices], self.format, with_lines=with_lines)
@@ -106,6 +107,7 @@ class EStep:
         scores: Sequence[LatentScores],
         rewards: Sequence[Tensor],
         line_counts: Sequence[Tensor],
+        advantage: Tensor,
     ) -> dict[str, float]:
         decisions = [_decisions(batch, score) for batch, score in zip(batches, scores, strict=True)]
         policy = _joined([item[0] for item in decisions])
@@ -123,6 +125,7 @@ class EStep:
             "reward": ((count * reward).sum(), lines),
             "reward_think": ((count * thought * reward).sum(), thinks),
             "reward_act": ((count * (1.0 - thought) * reward).sum(), lines - thinks),
+            "advantage_think": ((count * thought * advantage).sum(), thinks),
             "nats_per_line": ((count * nats).sum(), lines),
             "think_rate": (thinks, lines),
             "rationale_tokens": ((count * rationale_tokens).sum(), thinks),

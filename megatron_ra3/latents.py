@@ -61,11 +61,6 @@ class Snippet:
             raise ValueError(f"snippet {self.snippet_id}: needs at least one line and no line without tokens")
         assert len(self.native) == len(self.lines)
 
-    @property
-    def num_code_tokens(self) -> int:
-        """Tokens of all lines: the denominator of nats per original code token, gates not counted."""
-        return sum(map(len, self.lines))
-
 
 @dataclass(slots=True)
 class Trajectory:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_ra3 import objective
-from megatron_ra3.batching import TokenBatch, original_tokens, pack
+from megatron_ra3.batching import TokenBatch, pack
 from megatron_ra3.latents import LatentFormat, Trajectory
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.trainer import Trainer
@@ -34,8 +34,9 @@ class NextToken:
             weights = batches[index].weights.to(logprobs.device)
             return objective.next_token_loss(logprobs, weights, global_weight=global_weight)
 
-        result = self.trainer.step([batch.micro_batch for batch in batches], loss, lr=lr)
         tokens = self.layout.sum_number_over_dp(sum(len(batch.weights) for batch in batches))
+        _require(tokens)
+        result = self.trainer.step([batch.micro_batch for batch in batches], loss, lr=lr)
         return result | {"tokens": tokens, "lr": lr} | latent_means(self.layout, trajectories)
 
     def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -48,7 +49,8 @@ class NextToken:
         scored = [values.cpu().double() for values in self.trainer.score([batch.micro_batch for batch in batches])]
         nats = -float(sum(values.sum() for values in scored))
         code = -float(sum(values[batch.is_code].sum() for batch, values in zip(batches, scored, strict=True)))
-        original = float(original_tokens(trajectories, self.format))
+        original = float(sum(batch.is_code.sum() for batch in batches))
+        _require(self.layout.sum_number_over_dp(original))
         sums = {
             "nats_per_code_token": (nats, original),
             "nats_code_only": (code, original),
@@ -58,7 +60,15 @@ class NextToken:
 
     def _batches(self, trajectories: Sequence[Trajectory], latent_weight: float) -> list[TokenBatch]:
         packing = pack([len(item.token_ids) for item in trajectories], self.micro_batch_tokens)
-        return [TokenBatch([trajectories[i] for i in indices], latent_weight=latent_weight) for indices in packing]
+        return [
+            TokenBatch([trajectories[i] for i in indices], self.format, latent_weight=latent_weight)
+            for indices in packing
+        ]
+
+
+def _require(tokens: float) -> None:
+    if not tokens:
+        raise ValueError("no token to learn from: no line of these snippets fits; raise corpus.max_snippet_tokens")
 
 
 def latent_means(layout: ParallelLayout, trajectories: Sequence[Trajectory]) -> dict[str, float]:

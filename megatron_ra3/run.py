@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -17,22 +18,22 @@ from typing import Any, Self
 
 from megatron_ra3.annotated import AnnotatedStore
 from megatron_ra3.assembly import assemble
-from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, read_manifest
+from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest, read_manifest
 from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.model import names, parallel, state
-from megatron_ra3.mstep import NextToken, latent_means
+from megatron_ra3.mstep import NextToken
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends before it takes the machine back."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What a scheduler sends before it takes the machine back, and Ctrl-C."""
 
 
 class StopRequestedError(Exception):
@@ -51,10 +52,15 @@ class Run:
         if layout.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         layout.barrier("run folder")
-        self.tokenized = SnippetTokenizer(
-            assembly.tokenizer, self.format, config.latents.comments, config.corpus.max_snippet_tokens
+        self.snippet_tokenizer = SnippetTokenizer(
+            assembly.tokenizer,
+            self.format,
+            config.latents.comments,
+            max_tokens=config.corpus.max_snippet_tokens,
+            max_rationale_tokens=config.latents.max_rationale_tokens,
         )
-        self.train = self._stream("train")
+        self.train, self.heldout = self._open_corpus()
+        self._heldout_start = self.heldout.state_dict()
         self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{layout.dp_rank:05d}.jsonl")
         tokens = config.parallel.micro_batch_tokens
         self.estep = EStep(config.estep, assembly.trainer, layout, self.format, tokens)
@@ -76,6 +82,7 @@ class Run:
         self._identity = identity(
             config,
             layout,
+            model=model_digest(assembly.model.hf_config),
             corpus=hashlib.sha256(manifest.read_bytes()).hexdigest(),
             tokenizer=assembly.tokenizer.fingerprint,
         )
@@ -121,6 +128,7 @@ class Run:
 
     def end_phase(self, phase: Phase) -> None:
         """Let the current step be the last of its phase."""
+        self.metrics.shorten(phase.steps - 1 - self.progress.step)
         self.progress.step = phase.steps - 1
 
     def finish_step(self, phase: Phase, metrics: dict[str, float]) -> None:
@@ -135,6 +143,7 @@ class Run:
             "phase": phase.name,
             "round": phase.round,
             **metrics,
+            "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.dropped),
             "seconds": time.monotonic() - self._step_started,
         }
         self.metrics.write(f"{phase.name} r{phase.round} {self.progress.step}/{phase.steps}", record)
@@ -153,12 +162,12 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Save, export to Hugging Face format, and write the run's summary."""
         self.save()
-        export = self.folder / "export"
-        if not self.layout.broadcast_in_replica(export.exists()):
+        export, summary_path = self.folder / "export", self.folder / "summary.json"
+        if self.layout.any_rank(self.layout.rank == 0 and not self._exported(export, summary_path)):
             names.save_hf(self.assembly.model, export, self.assembly.model.hf_config, self.config.tokenizer_folder)
         summary = {"steps": self.progress.total_steps, "mstep_tokens": self.progress.mstep_tokens, **self._last}
         if self.layout.rank == 0:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            summary_path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         self.layout.barrier("summary")
         return summary
 
@@ -170,7 +179,8 @@ class Run:
 
     def heldout_snippets(self) -> list[Snippet]:
         """Return this replica's share of the held-out snippets, the same at every evaluation."""
-        return self._take(self._stream("heldout"), self.config.evaluate.snippets)
+        self.heldout.load_state_dict(self._heldout_start)
+        return self._take(self.heldout, min(self.config.evaluate.snippets, len(self.heldout)))
 
     def put_annotated(self, trajectories: Sequence[Trajectory]) -> None:
         """Keep bootstrapped snippets for the M-step."""
@@ -203,16 +213,13 @@ class Run:
 
     def sampling_metrics(self) -> dict[str, float]:
         """What the last `sample` call cost, over all replicas, per rollout."""
-        requests = rollouts = 0.0
+        sums = {"requests_per_rollout": (0.0, 0.0), "forced_act_rate": (0.0, 0.0)}
         if self.layout.is_replica_leader:
             stats = self._samplers[self.config.estep.rollouts_per_snippet].stats
             requests = float(stats.gate_queries + stats.generate_requests)
-            rollouts = float(stats.rollouts)
-        return global_means(self.layout, {"requests_per_rollout": (requests, rollouts)})
-
-    def latent_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Think rate and mean rationale length over all replicas."""
-        return latent_means(self.layout, trajectories)
+            sums["requests_per_rollout"] = (requests, float(stats.rollouts))
+            sums["forced_act_rate"] = (float(stats.forced_acts), float(stats.lines))
+        return global_means(self.layout, sums)
 
     # State
 
@@ -224,11 +231,28 @@ class Run:
         )
 
     def _request_stop(self, number: int, _frame: object) -> None:
+        """End after the current step; the same signal a second time ends the process at once."""
         self._stop_reason = signal.Signals(number).name
+        signal.signal(number, self._handlers[signal.Signals(number)])
+
+    def _exported(self, export: Path, summary: Path) -> bool:
+        """Whether an export of these weights is there; one of an earlier end of the run is removed."""
+        try:
+            steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError):
+            steps = None
+        if steps == self.progress.total_steps:
+            return export.exists()
+        shutil.rmtree(export, ignore_errors=True)
+        return False
 
     def _manifest(self) -> dict[str, Any]:
-        rates = {str(rollouts): sampler.think_rate for rollouts, sampler in self._samplers.items()}
-        replica = {"written": self.annotated.written, "read": self.annotated.read, "think_rates": rates}
+        rates = self._think_rates | {rollouts: sampler.think_rate for rollouts, sampler in self._samplers.items()}
+        replica = {
+            "written": self.annotated.written,
+            "read": self.annotated.read,
+            "think_rates": {str(rollouts): rate for rollouts, rate in rates.items()},
+        }
         replicas = self.layout.gather_from_leaders(replica)
         return self._identity | {
             "progress": self.progress.to_json(),
@@ -256,17 +280,31 @@ class Run:
         self._think_rates = {int(rollouts): rate for rollouts, rate in replica["think_rates"].items()}
         self._last = manifest["last"]
         self.metrics.rewind(manifest["metrics_offset"], self.progress.total_steps)
+        planned = sum(phase.steps for phase in self.phases[: self.progress.phase]) + self.progress.step
+        self.metrics.shorten(planned - self.progress.total_steps)
         self.samples.rewind(manifest["samples_offset"])
         if self.layout.rank == 0:
             print(f"resumed from {checkpoint}", flush=True)
 
-    def _stream(self, split: str) -> ShardStream:
+    def _open_corpus(self) -> tuple[ShardStream, ShardStream]:
+        """Training and held-out split; what only one rank finds wrong is raised on all."""
         settings = self.config.corpus
-        return ShardStream(settings.folder, split, self.config.seed, verify=settings.verify_checksums)
+        verify = settings.verify_checksums and self.layout.rank == 0
+        problem = None
+        try:
+            train, heldout = (
+                ShardStream(settings.folder, split, self.config.seed, verify=verify) for split in ("train", "heldout")
+            )
+        except (ValueError, OSError) as error:
+            problem = error
+        for found in self.layout.gather_from_leaders(problem):
+            if found is not None:
+                raise found
+        return train, heldout
 
     def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
         records = stream.take(count, self.layout.dp_rank, self.layout.dp_size)
-        return self.tokenized.snippets(records)
+        return self.snippet_tokenizer.snippets(records)
 
     def _sampler(self, rollouts_per_snippet: int) -> Sampler:
         if rollouts_per_snippet not in self._samplers:

@@ -75,6 +75,7 @@ def make_config(corpus: Path, folder: Path, *overrides: str) -> RunConfig:
             "em.rounds=1",
             "evaluate.snippets=3",
             "checkpoint.every_steps=1000",
+            "engine.kind=inprocess",
             *overrides,
         ],
     )

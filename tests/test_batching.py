@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_ra3.batching import LatentBatch, TokenBatch, original_tokens, pack
+from megatron_ra3.batching import LatentBatch, TokenBatch, pack
 from megatron_ra3.latents import Kind, LatentFormat, Snippet, Trajectory
 
 VOCABULARY = 12
@@ -97,12 +97,20 @@ def test_latents_alone_read_the_same_as_with_lines():
 
 def test_next_token_batch_scores_everything_after_the_prompt_once():
     item = _trajectory(FORMATS["newline"], 5)
-    batch = TokenBatch([item], latent_weight=0.25)
+    batch = TokenBatch([item], FORMATS["newline"], latent_weight=0.25)
     assert batch.micro_batch.targets.tolist() == item.token_ids[1:]
     assert batch.micro_batch.rows.tolist() == list(range(len(item.token_ids) - 1))
-    assert batch.weights.tolist() == [1.0 if kind == Kind.LINE else 0.25 for kind in item.kinds[1:]]
-    code = item.kinds.count(Kind.LINE)
-    assert original_tokens([item], FORMATS["newline"]) == code + 3
+    opens = [at for at in range(1, len(item.kinds)) if item.kinds[at] == Kind.GATE != item.kinds[at - 1]]
+    assert len(opens) == 3
+    code = [kind == Kind.LINE or at in opens for at, kind in enumerate(item.kinds)][1:]
+    assert batch.is_code.tolist() == code
+    assert batch.weights.tolist() == [1.0 if flag else 0.25 for flag in code]
+
+
+def test_special_gates_are_no_code():
+    item = _trajectory(FORMATS["special"], 5)
+    batch = TokenBatch([item], FORMATS["special"], latent_weight=0.0)
+    assert batch.weights.tolist() == [float(kind == Kind.LINE) for kind in item.kinds[1:]]
 
 
 def test_packing_keeps_the_budget_and_loses_nothing():

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ra3.config import RunConfig, known_keys, load_config
 
-NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m"]
+NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inprocess"]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,13 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m"]
         ("estep.learning_rate=fast", "must be a number"),
         ("estep=3", "is a section with keys of its own"),
         ("seed.x=3", "unknown|is a value|must be of type"),
+        ("latents.max_rationale_tokens=511", "room for 510 at corpus.max_snippet_tokens=512; lower the former"),
+        ("corpus.max_snippet_tokens=17", "latents.max_rationale_tokens=16: a trajectory has room for 15"),
+        ("optimizer.beta1=1", "optimizer.beta1=1.0: must be at least 0 and below 1"),
+        ("optimizer.beta2=-0.1", "optimizer.beta2=-0.1: must be at least 0 and below 1"),
         ("estep.penalty", "write it as key=value"),
+        ("engine.urls=[a", r"override 'engine.urls=\[a', line 1, column 3: is not valid YAML: expected ',' or '\]'"),
+        ("run_folder=2024-13-01", "override 'run_folder=2024-13-01': is not valid YAML: month must be in 1..12"),
         ("corpus.folder=", "must be of type str"),
         ("run_folder=''", "run_folder is empty"),
     ],
@@ -50,7 +56,37 @@ def test_file_and_overrides_are_merged_and_typed(tmp_path: Path):
     assert config.estep.penalty == 0.2
     assert config.engine.urls == ("http://a:1", "http://b:2")
     assert config.mstep.steps == 50
-    assert config.tokenizer_folder == Path("c/tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [((), "m"), (("model.init=random",), "c/tokenizer"), (("corpus.tokenizer=t",), "t")],
+)
+def test_the_tokenizer_comes_from_the_model_unless_weights_are_random(overrides: tuple[str, ...], folder: str):
+    assert load_config(None, [*NEEDED, *overrides]).tokenizer_folder == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 1\nestep:\n\tpenalty: 0\n", r"run\.yaml, line 3, column 1: is not valid YAML: .*'\\t'"),
+        (
+            b"seed: 1\nrun_folder: \xff\n",
+            r"run\.yaml: is not valid YAML: unacceptable character #x00ff: .* position 20",
+        ),
+        (b"- seed\n", r"run\.yaml: must be a mapping of sections, got list"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "run.yaml", NEEDED)
+
+
+def test_bounds_themselves_are_allowed():
+    config = load_config(None, [*NEEDED, "latents.max_rationale_tokens=510", "optimizer.beta1=0"])
+    assert (config.latents.max_rationale_tokens, config.optimizer.beta1) == (510, 0.0)
+    assert config.corpus.verify_checksums
 
 
 def test_missing_file_is_named():

@@ -47,6 +47,19 @@ def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpu
     assert not _servers(run)
 
 
+def test_two_replicas_sample_with_a_server_each(small_corpus, tmp_path):
+    done = _midtrain(tmp_path, small_corpus, "parallel.tensor=1", "estep.steps=2")
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["mismatch"] < 1e-4 for record in metrics if record["phase"] == "estep")
+    stores = [tmp_path / "run" / "annotated" / f"replica-0000{rank}.jsonl" for rank in (0, 1)]
+    ids = [[json.loads(line)["snippet_id"] for line in store.read_text().splitlines()] for store in stores]
+    assert [len(each) for each in ids] == [4, 2]
+    assert not set(ids[0]) & set(ids[1])
+    assert {"engine-00000.log", "engine-00001.log"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not _servers(tmp_path / "run")
+
+
 def test_an_address_nobody_answers_is_named(small_corpus, tmp_path):
     failed = _midtrain(
         tmp_path, small_corpus, "engine.urls=[http://127.0.0.1:9]", "warmup.steps=0", "engine.start_timeout_s=3"

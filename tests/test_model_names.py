@@ -162,9 +162,13 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, folders, small_f
     [
         ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is not supported: use one of llama, qwen2"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"vocab_size": None}, "the model config lacks vocab_size"),
+        ({"vocab_size": None, "hidden_size": 0}, "the model config lacks hidden_size, vocab_size: each must be"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+            "rope_type='llama3' lacks high_freq_factor, original_max_position_embeddings",
+        ),
     ],
 )
 def test_unsupported_configs_are_named(changes, message):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_ra3.model import names, parallel
-from megatron_ra3.model.state import load_state, save_state
+from megatron_ra3.model.state import load_state, load_weights, save_state
 from tests.distributed import run_ranks
-from tests.tiny_model import initialize, open_trainer, qwen2, random_folder, train, weights
+from tests.tiny_model import initialize, llama, open_trainer, qwen2, random_folder, train, weights
 
 # (tp, pp, distributed optimizer)
 LAYOUTS = {1: [(1, 1, False)], 2: [(2, 1, False), (1, 2, False), (1, 1, True)]}
@@ -64,6 +64,47 @@ def test_resume_is_bitwise_in_fresh_processes(world_size, tmp_path):
             assert one["draws"] == two["draws"], layout
             assert all(torch.equal(tensor, two["weights"][name]) for name, tensor in one["weights"].items()), layout
     assert len({tuple(rank[0]["draws"]) for rank in straight}) == world_size
+
+
+def _saved_by_two(models: dict[str, dict[str, Any]], root: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
+    found: dict[str, list[dict[str, torch.Tensor]]] = {family: [] for family in models}
+    for family, config in models.items():
+        for tp, pp, distributed in LAYOUTS[2]:
+            trainer = open_trainer(root / family, config, initialize(tp, pp), distributed=distributed)
+            train(trainer, 2, range(1))
+            save_state(root / f"{family}-{_name(tp, pp, distributed)}", trainer.model, trainer.optimizer)
+            found[family].append(weights(trainer))
+    parallel.destroy()
+    return found
+
+
+def test_one_process_loads_the_weights_of_any_layout(tmp_path):
+    """Embeddings tied and untied; two tensor-parallel ranks pad the 321 tokens to 322."""
+    models = {"qwen2": qwen2(), "llama": llama()}
+    for family, config in models.items():
+        random_folder(tmp_path / family, config)
+        names.init_hf(tmp_path / f"other-{family}", config, 99)
+    saved, _ = run_ranks(_saved_by_two, 2, models, tmp_path)
+    for family, config in models.items():
+        trainer = open_trainer(tmp_path / f"other-{family}", config, initialize())
+        assert trainer.model.padded_vocab_size == 321
+        for layout, expected in zip(LAYOUTS[2], saved[family], strict=True):
+            load_weights(tmp_path / f"{family}-{_name(*layout)}", trainer.model)
+            loaded = weights(trainer)
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items()), (family, layout)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* cannot be loaded: .*another number of ranks.*ra3 export"):
+        load_state(tmp_path / "llama-tp2pp1", trainer.model, trainer.optimizer)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    trainer = open_trainer(random_folder(tmp_path / "model", qwen2()), qwen2(), initialize())
+    save_state(tmp_path / "state", trainer.model, trainer.optimizer)
+    wider = open_trainer(
+        random_folder(tmp_path / "wider", qwen2(hidden_size=128)), qwen2(hidden_size=128), initialize()
+    )
+    with pytest.raises(ValueError, match=r"state cannot be loaded: .*shape mismatch.* written by another model"):
+        load_weights(tmp_path / "state", wider.model)
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path):

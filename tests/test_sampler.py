@@ -84,7 +84,6 @@ LAWS: dict[str, Law] = {"newline": Law("newline"), "special": Law("special")}
 @dataclass
 class TabularEngine:
     law: Any
-    collective: bool = False
     version: int = 0
     gate_calls: list[list[GateQuery]] = field(default_factory=list)
     generate_calls: list[list[GenerateQuery]] = field(default_factory=list)

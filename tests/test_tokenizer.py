@@ -49,7 +49,7 @@ def test_what_looks_special_is_text(tokenizer):
     assert special == {0, 1, 2, 3, 4}
     assert special.isdisjoint(tokenizer.encode(LOOKALIKES))
     assert tokenizer.decode([0, 1, 2, 3, 4]) == "<|endoftext|><|pad|><act><think></think>"
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (0, 1)
+    assert tokenizer.eos_id == 0
 
 
 def test_newline_and_hash_are_single_tokens(tokenizer):
@@ -109,7 +109,7 @@ def test_foreign_tokenizer_is_made_exact(tmp_path):
     assert tokenizer.encode("        ") == [len(vocab) + 2] * 2
     assert tokenizer.id_of("<think>") == len(vocab) + 1
     assert tokenizer.token_bytes(len(vocab) + 2) == b"    "
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (len(vocab) + 3, len(vocab), len(vocab))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (len(vocab) + 3, len(vocab))
     with pytest.raises(ValueError, match=r"no token '<act>'; add it .* newline form"):
         tokenizer.id_of("<act>")
 
@@ -130,6 +130,13 @@ def test_missing_folder_and_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; train one with `ra3 prepare"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"model":', "{}", "[]"])
+def test_broken_files_are_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"tokenizer in {tmp_path} cannot be read .* save it there again"):
         load_tokenizer(tmp_path)
 
 

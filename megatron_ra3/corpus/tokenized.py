@@ -17,19 +17,33 @@ class SnippetTokenizer:
         latent_format: surface form of the latents.
         comments: what native full-line comments become.
         max_tokens: tokens of a snippet at most, with `<act>` before every line.
+        max_rationale_tokens: a native rationale that, closed, is longer is dropped: the model would learn to write
+            what it is then punished for.
+
+    `dropped` counts snippets whose very first line did not fit.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, latent_format: LatentFormat, comments: CommentMode, max_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        latent_format: LatentFormat,
+        comments: CommentMode,
+        *,
+        max_tokens: int,
+        max_rationale_tokens: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.format = latent_format
         self.comments = comments
         self.max_tokens = max_tokens
+        self.max_rationale_tokens = max_rationale_tokens
+        self.dropped = 0
 
     def snippets(self, records: Sequence[SnippetRecord]) -> list[Snippet]:
-        """Tokenise `records`; one whose very first line does not fit is left out."""
-        return [snippet for snippet in map(self._snippet, records) if snippet is not None]
+        """Tokenise `records`, leaving out those of which nothing fits."""
+        snippets = [snippet for snippet in map(self._snippet, records) if snippet is not None]
+        self.dropped += len(records) - len(snippets)
+        return snippets
 
     def _snippet(self, record: SnippetRecord) -> Snippet | None:
         lines = [annotate(line, self.comments) for line in record.lines if line.code]
@@ -46,4 +60,10 @@ class SnippetTokenizer:
             kept += 1
         if not kept:
             return None
-        return Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], whole.native[:kept])
+        native = tuple(self._short(rationale) for rationale in whole.native[:kept])
+        return Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], native)
+
+    def _short(self, rationale: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if rationale is None or len(rationale) + len(self.format.close) > self.max_rationale_tokens:
+            return None
+        return rationale

@@ -27,15 +27,14 @@ class CodeTokenizer:
         folder: where it was loaded from; give it to the engine too.
         fingerprint: sha256 of its `tokenizer.json`.
         vocab_size: ids run from 0 to `vocab_size - 1`, added tokens included.
-        eos_id, pad_id: `pad_id` is `eos_id` where the tokenizer has no padding token.
+        eos_id: the end-of-text token.
     """
 
-    def __init__(self, backend: Any, *, folder: Path, eos_id: int, pad_id: int) -> None:
+    def __init__(self, backend: Any, *, folder: Path, eos_id: int) -> None:
         """Takes a `tokenizers.Tokenizer`; use `load_tokenizer`."""
         self.folder = folder
-        self.fingerprint = hashlib.sha256((folder / _FILE).read_bytes()).hexdigest()
+        self.fingerprint = tokenizer_fingerprint(folder)
         self.eos_id = eos_id
-        self.pad_id = pad_id
         self._backend = _exact_backend(backend)
         self._added = {id_: token.content for id_, token in self._backend.get_added_tokens_decoder().items()}
         self._byte_level = "ByteLevel" in json.dumps(json.loads(self._backend.to_str())["decoder"])
@@ -80,7 +79,8 @@ def load_tokenizer(folder: str | Path) -> CodeTokenizer:
 
     Raises:
         FileNotFoundError: no such folder, or no `tokenizer.json` in it.
-        ValueError: it lacks an end-of-text token, or cannot give back exactly the text it encoded.
+        ValueError: its files are broken, it lacks an end-of-text token, or it cannot give back exactly the text it
+            encoded.
     """
     from transformers import AutoTokenizer
 
@@ -95,18 +95,25 @@ def load_tokenizer(folder: str | Path) -> CodeTokenizer:
             f"{folder} holds no {_FILE}; load the tokenizer once with transformers.AutoTokenizer "
             "and save_pretrained() it there to convert it"
         )
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    eos_id, pad_id = loaded.eos_token_id, loaded.pad_token_id
-    if eos_id is None:
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # broken files raise anything, from KeyError to a bare Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}); save it there again") from error
+    if loaded.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no eos_token; set one in its tokenizer_config.json")
-    pad_id = eos_id if pad_id is None else pad_id
-    tokenizer = CodeTokenizer(loaded.backend_tokenizer, folder=folder, eos_id=eos_id, pad_id=pad_id)
+    tokenizer = CodeTokenizer(loaded.backend_tokenizer, folder=folder, eos_id=loaded.eos_token_id)
     decoded = tokenizer.decode(tokenizer.encode(_PROBE))
     if decoded != _PROBE:
         raise ValueError(
             f"the tokenizer in {folder} changes text: {_PROBE!r} comes back as {decoded!r}; use a byte-level one"
         )
     return tokenizer
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """The sha256 of the folder's `tokenizer.json`; empty if it has none."""
+    path = folder / _FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> CodeTokenizer:

@@ -24,21 +24,15 @@ def linear_logprob(
     *,
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
-    precision: str = "fp32",
 ) -> Tensor:
-    """Return log softmax(hidden @ weight.T / temperature)[targets], differentiable in `hidden` and `weight`.
+    """Return log softmax(hidden @ weight.T)[targets], differentiable in `hidden` and `weight`.
 
     hidden: [N, H], identical on all ranks of `tp_group`. weight: [V_padded/tp, H], this rank's rows of the output
     layer. targets: [N] int64 global token ids. vocab_size: number of real tokens; weight rows beyond it are padding
     and never read. Returns [N] in fp32 (fp64 for fp64 inputs), never above 0 and bitwise the same on all ranks of
     `tp_group`. The gradient of `hidden` is summed over `tp_group`, that of `weight` is local.
-    ValueError: a target outside [0, vocab_size), a temperature that is not positive, an unknown precision.
+    ValueError: a target outside [0, vocab_size), or a vocab_size that the weight's rows cannot hold.
     """
-    if precision != "fp32":
-        raise ValueError(f"precision={precision!r} is not available here: use 'fp32'")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
     tp_size = tp_group.size() if tp_group is not None else 1
     padded = weight.shape[0] * tp_size
     vocab_size = padded if vocab_size is None else vocab_size
@@ -47,7 +41,7 @@ def linear_logprob(
     if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= vocab_size):
         bad = int(targets[(targets < 0) | (targets >= vocab_size)][0])
         raise ValueError(f"target {bad} is outside the vocabulary [0, {vocab_size})")
-    return _LinearLogprob.apply(hidden, weight, targets, tp_group, vocab_size, 1.0 / temperature)
+    return _LinearLogprob.apply(hidden, weight, targets, tp_group, vocab_size)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -61,31 +55,30 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor,
         tp_group: ProcessGroup | None,
         vocab_size: int,
-        inverse_temperature: float,
     ) -> Tensor:
         x, w, local_targets, owned = _local_view(hidden, weight, targets, tp_group, vocab_size)
         local = x.new_zeros(3, x.shape[0])  # row maximum, sum of exp(logit - maximum), target logit if owned
         local[0] = -torch.inf
         for rows in _chunks(x.shape[0], w.shape[0]):
-            logits = (x[rows] @ w.T).mul_(inverse_temperature)
+            logits = x[rows] @ w.T
             local[0, rows] = logits.amax(dim=1)
             target_logit = logits.gather(1, local_targets[rows, None]).squeeze(1)
             local[2, rows] = torch.where(owned[rows], target_logit, 0.0)
             local[1, rows] = logits.sub_(local[0, rows, None]).exp_().sum(dim=1)
         row_max, log_sum, target_logit = _merge(local, tp_group)
         ctx.save_for_backward(hidden, weight, targets, row_max, log_sum)
-        ctx.tp_group, ctx.vocab_size, ctx.inverse_temperature = tp_group, vocab_size, inverse_temperature
+        ctx.tp_group, ctx.vocab_size = tp_group, vocab_size
         return ((target_logit - row_max) - log_sum).clamp_(max=0.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, row_max, log_sum = ctx.saved_tensors
         x, w, local_targets, owned = _local_view(hidden, weight, targets, ctx.tp_group, ctx.vocab_size)
-        upstream = grad_outputs[0].to(x.dtype) * ctx.inverse_temperature
+        upstream = grad_outputs[0].to(x.dtype)
         grad_hidden = torch.zeros_like(x)
         grad_weight = x.new_zeros(weight.shape)
         for rows in _chunks(x.shape[0], w.shape[0]):
-            logits = (x[rows] @ w.T).mul_(ctx.inverse_temperature)
+            logits = x[rows] @ w.T
             grad_logits = logits.sub_(row_max[rows, None]).sub_(log_sum[rows, None]).exp_().neg_()
             grad_logits.scatter_add_(1, local_targets[rows, None], owned[rows, None].to(x.dtype))
             grad_logits.mul_(upstream[rows, None])
@@ -93,7 +86,7 @@ class _LinearLogprob(torch.autograd.Function):
             grad_weight[: w.shape[0]].addmm_(grad_logits.T, x[rows])
         if ctx.tp_group is not None and ctx.tp_group.size() > 1:
             torch.distributed.all_reduce(grad_hidden, group=ctx.tp_group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
 
 
 def _local_view(

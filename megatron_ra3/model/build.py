@@ -43,6 +43,7 @@ _REQUIRED = (
     "rms_norm_eps",
     "vocab_size",
 )
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class HiddenStatesModel(GPTModel):
@@ -101,10 +102,50 @@ def build_model(
     """Build this rank's uninitialised part of the model; `names.import_hf` fills it.
 
     `distributed_optimizer` must match `trainer.build_optimizer`'s: it decides how gradients are reduced.
-    ValueError: an unsupported family or key, or a tp or pp that does not divide what it must divide.
+    ValueError: see `check_config`.
     """
-    _check(hf_config, layout)
+    check_config(hf_config, layout)
     return RA3Model(hf_config, layout, dtype, distributed_optimizer)
+
+
+def check_config(hf_config: Mapping[str, Any], layout: ParallelLayout) -> None:
+    """Refuse a Hugging Face config that this mapping or the layout cannot take, before anything is built or written.
+
+    ValueError: an unsupported family or setting, sizes that are missing or not positive numbers (all of them named),
+    or a tp or pp that does not divide what it must divide.
+    """
+    family = hf_config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type={family!r} is not supported: use one of {', '.join(FAMILIES)}")
+    lacking = [key for key in _REQUIRED if not _is_positive(hf_config.get(key))]
+    if lacking:
+        raise ValueError(f"the model config lacks {', '.join(lacking)}: each must be a positive number")
+    unsupported = {
+        "hidden_act": hf_config.get("hidden_act", "silu") not in ("silu", "swish"),
+        "use_sliding_window": bool(hf_config.get("use_sliding_window")),
+        "attention_bias": family == "llama" and bool(hf_config.get("attention_bias")),
+        "mlp_bias": bool(hf_config.get("mlp_bias")),
+        "attention_dropout": bool(hf_config.get("attention_dropout")),
+    }
+    for key, refused in unsupported.items():
+        if refused:
+            raise ValueError(f"{key}={hf_config[key]!r} is not supported for model_type={family!r}: change the config")
+    settings = rope(hf_config)
+    if settings["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"rope_type={settings['rope_type']!r} is not supported: use 'default' or 'llama3'")
+    lacking = [key for key in _LLAMA3_ROPE if not _is_positive(settings.get(key))]
+    if settings["rope_type"] == "llama3" and lacking:
+        raise ValueError(f"rope_type='llama3' lacks {', '.join(lacking)}: each must be a positive number")
+    geometry = Geometry.of(hf_config)
+    divisors = {
+        "num_attention_heads": (geometry.heads, "tp", layout.tp_size),
+        "num_key_value_heads": (geometry.kv_heads, "tp", layout.tp_size),
+        "intermediate_size": (geometry.ffn, "tp", layout.tp_size),
+        "num_hidden_layers": (geometry.layers, "pp", layout.pp_size),
+    }
+    for key, (value, name, size) in divisors.items():
+        if value % size:
+            raise ValueError(f"{name}={size} does not divide {key}={value}: choose a {name} that does")
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -214,33 +255,5 @@ def _llama3_frequencies(inv_freq: Tensor, settings: Mapping[str, Any]) -> Tensor
     return (1.0 - blend) * inv_freq / settings["factor"] + blend * inv_freq
 
 
-def _check(hf_config: Mapping[str, Any], layout: ParallelLayout) -> None:
-    family = hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type={family!r} is not supported: use one of {', '.join(FAMILIES)}")
-    for key in _REQUIRED:
-        if not hf_config.get(key):
-            raise ValueError(f"the model config lacks {key} (found {hf_config.get(key)!r}): add it to config.json")
-    unsupported = {
-        "hidden_act": hf_config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "use_sliding_window": bool(hf_config.get("use_sliding_window")),
-        "attention_bias": family == "llama" and bool(hf_config.get("attention_bias")),
-        "mlp_bias": bool(hf_config.get("mlp_bias")),
-        "attention_dropout": bool(hf_config.get("attention_dropout")),
-    }
-    for key, refused in unsupported.items():
-        if refused:
-            raise ValueError(f"{key}={hf_config[key]!r} is not supported for model_type={family!r}: change the config")
-    kind = rope(hf_config)["rope_type"]
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type={kind!r} is not supported: use 'default' or 'llama3'")
-    geometry = Geometry.of(hf_config)
-    divisors = {
-        "num_attention_heads": (geometry.heads, "tp", layout.tp_size),
-        "num_key_value_heads": (geometry.kv_heads, "tp", layout.tp_size),
-        "intermediate_size": (geometry.ffn, "tp", layout.tp_size),
-        "num_hidden_layers": (geometry.layers, "pp", layout.pp_size),
-    }
-    for key, (value, name, size) in divisors.items():
-        if value % size:
-            raise ValueError(f"{name}={size} does not divide {key}={value}: choose a {name} that does")
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -88,29 +88,25 @@ def save_hf(
     """Write a Hugging Face folder (safetensors, config.json, tokenizer files); collective over all ranks.
 
     Global rank 0 writes into a temporary folder and renames it, so a folder of that name is always complete.
-    FileExistsError: `folder` exists. OSError, on every rank: the disk is full or not writable; nothing is left behind.
+    On every rank, FileExistsError: `folder` exists; OSError: the disk is full or not writable, nothing is left behind.
     """
-    target = Path(folder)
-    if target.exists():
-        raise FileExistsError(f"export folder {target} exists: remove it or choose another name")
     dtype = next(model.module.parameters()).dtype
     config = {**hf_config, "dtype": str(dtype).removeprefix("torch.")}
-    failure: list[OSError | None] = [None]
+    failure: OSError | None = None
     if model.layout.rank == 0:
         tensors = export_hf(model)
         try:
-            _write_folder(target, tensors, config, tokenizer_folder)
+            _write_folder(Path(folder), tensors, config, tokenizer_folder)
         except OSError as error:
-            failure[0] = error
+            failure = error
         for _ in tensors:  # after a failure the other ranks still wait for rank 0 in every exchange
             pass
     else:
         for _ in export_hf(model):
             pass
-    if model.layout.world_size > 1:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+    failure = model.layout.gather_from_leaders(failure)[0]
+    if failure is not None:
+        raise failure
 
 
 def init_hf(

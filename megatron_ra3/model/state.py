@@ -26,38 +26,71 @@ def save_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
     """Write the training state into `folder`, which is created and must be empty; collective over all ranks.
 
     The folder is complete only when all ranks have returned: the caller marks it valid afterwards.
-    FileExistsError: the folder holds something. OSError: it cannot be written.
+    FileExistsError: the folder holds something. OSError: it cannot be written, by this rank or another.
     """
     from megatron.core import dist_checkpointing
 
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    occupied = any(target.iterdir())
-    model.layout.barrier("checkpoint folder")
-    if occupied:
-        raise FileExistsError(f"checkpoint folder {target} is not empty: remove it or choose another")
+    problem: OSError | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if any(target.iterdir()):
+            problem = FileExistsError(f"checkpoint folder {target} is not empty: remove it or choose another")
+    except OSError as error:
+        problem = error
+    if model.layout.any_rank(problem is not None):
+        raise problem or OSError(f"another rank cannot use the checkpoint folder {target}")
     state = _sharded_state(model, optimizer, is_loading=False)
     try:
         dist_checkpointing.save(state, str(target), content_metadata=dict(_METADATA))
-    except CheckpointException as failure:  # not an Exception, so nobody above would catch it
-        reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
-        raise OSError(f"the training state could not be written to {target}: {reasons}") from failure
+    except CheckpointException as failure:
+        raise OSError(f"the training state could not be written to {target}: {_reasons(failure)}") from failure
 
 
 def load_state(folder: str | Path, model: RA3Model, optimizer: Any) -> None:
     """Restore what `save_state` wrote into a model and optimizer of the same config; collective over all ranks.
 
     The parallel layout must be the one that saved (the generators of every rank are restored).
-    FileNotFoundError: no complete checkpoint in `folder`.
+    FileNotFoundError: no complete checkpoint in `folder`. ValueError: it does not fit the model or the layout.
     """
-    from megatron.core import dist_checkpointing
-
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise FileNotFoundError(f"{folder} holds no complete training state: its metadata.json is missing")
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
+    state = _load(folder, _sharded_state(model, optimizer, is_loading=True))
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     _set_generators(state["generators"])
+
+
+def load_weights(folder: str | Path, model: RA3Model) -> None:
+    """Restore only the weights of what `save_state` wrote, by any layout into any; collective over all ranks.
+
+    Rows of the vocabulary that exist only as padding, here or there, are left out or zero.
+    FileNotFoundError: no complete checkpoint in `folder`. ValueError: it does not fit the model.
+    """
+    state = _load(folder, {"model": model.module.sharded_state_dict(metadata=dict(_METADATA))})
+    model.module.load_state_dict(state["model"])
+
+
+def _load(folder: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise FileNotFoundError(f"{folder} holds no complete training state: its metadata.json is missing")
+    try:
+        return dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException) as failure:
+        raise ValueError(
+            f"the training state in {folder} cannot be loaded: {_reasons(failure)}; it was written by another model "
+            "or another number of ranks, or is damaged: set these back, or remove this checkpoint to fall back to an "
+            "older one (ra3 export reads the weights of any layout)"
+        ) from failure
+
+
+def _reasons(failure: BaseException) -> str:
+    """The first rank's reason. CheckpointException is not even an Exception: nobody above would catch it."""
+    if not isinstance(failure, CheckpointException):
+        return str(failure)
+    rank, (error, _) = next(iter(failure.failures.items()))
+    return f"rank {rank} of {len(failure.failures)} that failed: {error}"
 
 
 def _sharded_state(model: RA3Model, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:

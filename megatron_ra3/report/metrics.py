@@ -6,13 +6,15 @@ batch was split. The file can be cut back to a checkpoint, so a resumed run leav
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -44,6 +46,25 @@ def global_means(layout: ParallelLayout, sums: Mapping[str, tuple[float, float]]
     return {name: value / count if count else 0.0 for name, (value, count) in zip(names, total, strict=True)}
 
 
+def durable_bytes(file: TextIO) -> int:
+    """Flush an appended file to disk and return its bytes, which a checkpoint then counts on."""
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size
+
+
+def cut_back(file: TextIO, size_bytes: int) -> None:
+    """Cut an appended file to the bytes that a checkpoint counts; ValueError when it holds fewer."""
+    found = os.fstat(file.fileno()).st_size
+    if found < size_bytes:
+        raise ValueError(
+            f"{file.name}: holds {found} bytes but the checkpoint counts {size_bytes}; the file was cut or replaced: "
+            "restore it, or resume from an older checkpoint"
+        )
+    file.truncate(size_bytes)
+    file.seek(0, os.SEEK_END)
+
+
 class MetricsLog:
     """Writer of `metrics.jsonl`; ranks other than the first write nothing.
 
@@ -51,8 +72,10 @@ class MetricsLog:
         folder: the run folder.
         total_steps: steps of the whole run, for the progress bar.
         writes: this process writes (global rank 0).
-        wandb_project: empty, or where to log besides.
+        wandb_project: empty, or where to log besides; a resumed run goes on with the wandb run of its folder.
         settings: the run's configuration, shown in wandb.
+
+    ValueError, on every rank: wandb is asked for but not installed.
     """
 
     def __init__(
@@ -62,6 +85,10 @@ class MetricsLog:
         self._writes = writes
         self._wandb: Any = None
         self._bar: tqdm[Any] | None = None
+        if wandb_project and not _is_installed("wandb"):
+            raise ValueError(
+                f"logging.wandb_project={wandb_project!r}: wandb is not installed: pip install wandb, or leave it empty"
+            )
         if not writes:
             return
         self._file = self.path.open("a", encoding="utf-8")
@@ -70,20 +97,31 @@ class MetricsLog:
         if wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=dict(settings))
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=str(folder),
+                id=hashlib.sha1(str(folder.resolve()).encode(), usedforsecurity=False).hexdigest()[:12],
+                resume="allow",
+                config=dict(settings),
+            )
 
     @property
     def offset(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell() if self._writes else 0
+        """Bytes written so far, durable once this returns."""
+        return durable_bytes(self._file) if self._writes else 0
 
     def rewind(self, offset: int, step: int) -> None:
-        """Cut the file back to `offset` bytes, as it stood after `step` steps."""
+        """Cut the file back to `offset` bytes, as it stood after `step` steps; ValueError: it holds fewer."""
         if self._writes:
-            self._file.truncate(offset)
-            self._file.seek(0, os.SEEK_END)
+            cut_back(self._file, offset)
             if self._bar is not None:
                 self._bar.update(step)
+
+    def shorten(self, steps: int) -> None:
+        """Expect `steps` fewer steps in all, as when a phase ends early."""
+        if self._bar is not None:
+            self._bar.total = (self._bar.total or 0) - steps
+            self._bar.refresh()
 
     def write(self, label: str, record: Mapping[str, Any]) -> None:
         """Append one step's metrics and print its line, which `label` opens."""
@@ -109,3 +147,9 @@ class MetricsLog:
                 self._bar.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _is_installed(package: str) -> bool:
+    """Without importing it; a mere folder of that name, such as wandb's own logs, has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megatron_ra3.latents import Kind, Trajectory
+from megatron_ra3.report.metrics import cut_back, durable_bytes
 
 
 class Decoder(Protocol):
@@ -29,14 +29,13 @@ class SampleLog:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell() if self._writes else 0
+        """Bytes written so far, durable once this returns."""
+        return durable_bytes(self._file) if self._writes else 0
 
     def rewind(self, offset: int) -> None:
-        """Cut the file back to `offset` bytes."""
+        """Cut the file back to `offset` bytes; ValueError: it holds fewer."""
         if self._writes:
-            self._file.truncate(offset)
-            self._file.seek(0, os.SEEK_END)
+            cut_back(self._file, offset)
 
     def write(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         """Append trajectories as (text, rationales with their line and log-prob in nats)."""

@@ -21,7 +21,7 @@ def summarize(runs: Mapping[str, Path]) -> dict[str, Any]:
     """Compare runs by name ("base", "ntp", "ra3"); E-step figures come from the run that has an E-step.
 
     Keys: `nats_per_code_token` (held-out nats per original code token, rationale cost included), `act_only` (the same
-    with `<act>` everywhere), `reward_first` and `reward_last` (E-step, nats per token, mean over up to 5 steps),
+    with `<act>` everywhere), `reward_first` and `reward_last` (E-step, nats per line, mean over up to 5 steps),
     `think_rate`, `rationale_tokens`, `tokens` (trained on), `seconds` (per phase).
     """
     summary: dict[str, Any] = {name: {} for name in ("nats_per_code_token", "act_only", "tokens")}
@@ -38,7 +38,7 @@ def summarize(runs: Mapping[str, Path]) -> dict[str, Any]:
             seconds[f"{name}.{step['phase']}"] += step["seconds"]
         rewards = [step["reward"] for step in steps if step["phase"] == "estep"]
         if rewards:
-            ends = min(5, len(rewards))
+            ends = max(1, min(5, len(rewards) // 2))
             summary |= {
                 "reward_first": sum(rewards[:ends]) / ends,
                 "reward_last": sum(rewards[-ends:]) / ends,
@@ -56,7 +56,7 @@ def table(summary: Mapping[str, Any]) -> str:
     if "reward_first" in summary:
         rows += [
             "",
-            f"E-step reward     {summary['reward_first']:.4f} -> {summary['reward_last']:.4f} nats per token",
+            f"E-step reward     {summary['reward_first']:.4f} -> {summary['reward_last']:.4f} nats",
             f"think rate        {100 * summary['think_rate']:.1f} % of held-out lines",
             f"rationale length  {summary['rationale_tokens']:.1f} tokens",
         ]

@@ -57,13 +57,7 @@ class StopRule:
 
 
 class Engine(Protocol):
-    """Sampling engine.
-
-    `collective` says who calls: True means every rank of a replica calls with the same arguments (the engine runs
-    on their weights), False means only the replica's leader does.
-    """
-
-    collective: bool
+    """Sampling engine; `fleet.ServedEngine.lead` says which ranks call it."""
 
     def gate_logprobs(self, queries: Sequence[GateQuery]) -> list[GateScores]:
         """Score gate rows of many prefixes; answers in the order of the queries."""

@@ -54,7 +54,7 @@ def open_engine(
 
     `model_folder` is a Hugging Face folder of the trainer's architecture; its weights are replaced by the first sync.
     """
-    if config.engine.kind == "inprocess":
+    if config.engine.resolved_kind == "inprocess":
         return InProcess(trainer, latent_format, config.parallel.micro_batch_tokens)
     return Servers(config, trainer, latent_format, model_folder)
 
@@ -100,6 +100,7 @@ class Servers:
         self._server: VllmServer | None = None
         self._engine: VllmEngine | None = None
         self._sync: WeightSync | None = None
+        self._live_version: int | None = None
         try:
             self._open()
         except BaseException:
@@ -127,6 +128,8 @@ class Servers:
 
     def sync(self, version: int) -> None:
         """Send the weights; the first time also compare checksums and log-probs with the trainer's."""
+        if version == self._live_version:
+            return
         source = MegatronSource(self.trainer.model)
         if self._sync is None:
             self._sync = WeightSync(
@@ -141,6 +144,7 @@ class Servers:
             self._check_parity()
         else:
             self._sync.send(source, version)
+        self._live_version = version
         self.layout.barrier(f"weights version {version} live on all engines")
 
     def close(self) -> None:
@@ -159,11 +163,7 @@ class Servers:
     def _start(self) -> list[str]:
         settings, rank, size = self.config.engine, self.layout.dp_rank, self.layout.dp_size
         urls = list(settings.urls[rank::size])
-        if settings.urls and not urls:
-            raise ValueError(
-                f"engine.urls names {len(settings.urls)} servers but there are {size} data-parallel replicas: every "
-                "replica needs one"
-            )
+        assert urls or not settings.urls, "every replica has a server; checked when the run was assembled"
         for url in urls:
             _await(partial(answers, url), f"engine {url}", settings.start_timeout_s)
         if not urls:

@@ -27,8 +27,6 @@ class InProcessEngine:
     the logits of rationales, and their log-probs are those of that law; gates are scored at temperature 1.
     """
 
-    collective = True
-
     def __init__(
         self, trainer: Trainer, latent_format: LatentFormat, *, max_batch_tokens: int, temperature: float = 1.0
     ) -> None:

@@ -46,8 +46,6 @@ class VllmEngine:
     `max_in_flight` requests are open per server; each must be answered within `timeout_s`.
     """
 
-    collective = False
-
     def __init__(
         self,
         urls: Sequence[str],

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command; writes benchmarks/results/<date>-<gpu>.{json,log}.
+# Needs an interpreter with a CUDA torch, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
+# So far: correctness of the likelihood kernel at full size. Nothing here has been run on a GPU yet.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu_suite: $python sees no CUDA device (or has no torch); set PYTHON" >&2
+    exit 2
+}
+name=$(date -u +%Y-%m-%d)-$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
+results=${OUT:-benchmarks/results}
+mkdir -p "$results"
+status=0
+"$python" -m pytest -m gpu tests/test_kernels_gpu.py --junitxml="$results/$name.xml" 2>&1 | tee "$results/$name.log" || status=$?
+"$python" - "$results/$name" <<'PY'
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+stem = Path(sys.argv[1])
+suite = ElementTree.parse(stem.with_suffix(".xml")).getroot().find("testsuite")
+record = {
+    "gpu": torch.cuda.get_device_name(),
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "tests": {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")},
+}
+stem.with_suffix(".xml").unlink()
+stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+print(json.dumps(record))
+PY
+exit "$status"
