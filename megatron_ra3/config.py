@@ -116,7 +116,8 @@ class EStepConfig:
     format_penalty: float = 1.0
     """Nats taken for a rationale that is empty, unclosed or over the cap."""
     gate_exploration: float = 0.0
-    """epsilon: the gate is drawn from (1-epsilon) q + epsilon/2."""
+    """epsilon: the gate is drawn from (1-epsilon) q + epsilon/2. With per-decision weights the gradient is that of the
+    exploring policy's return; switch it off to optimise the policy's own."""
     max_importance_weight: float = 2.0
     """Truncation of the trainer/engine importance weight."""
     learning_rate: float = 1e-4

@@ -1,0 +1,489 @@
+"""The E-step's maths against exact enumeration of a tabular sticky-latent model (method.md 2, 3).
+
+Expectations over rollouts are sums over every group of paths where that is possible, so most statements hold to
+rounding; where sampling is needed, z-scores decide, and a wrong estimator must fail the same test.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ra3 import objective
+from megatron_ra3.config import EStepConfig
+from megatron_ra3.estep import EStep
+from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
+from tests import tabular
+from tests.tabular import Model, Paths, Policy
+
+SEEDS = range(5)
+EOS, NEWLINE, HASH, LATENT, LINE = 0, 1, 2, 3, 6
+FORMAT = LatentFormat(
+    surface="newline",
+    start=(EOS,),
+    gate_prefix=(NEWLINE,),
+    act_suffix=(),
+    think_suffix=(HASH,),
+    gate_ids=(HASH,),
+    close=(NEWLINE,),
+    close_ids=frozenset({NEWLINE}),
+    stop_ids=frozenset({EOS, NEWLINE}),
+    blank_ids=frozenset({NEWLINE}),
+)
+
+
+def estimates(
+    model: Model,
+    policy: Policy,
+    paths: Paths,
+    *,
+    horizon: int = 99,
+    discount: float = 1.0,
+    exploration: float = 0.0,
+    maximum: float = math.inf,
+    baseline: bool = True,
+    whole_path_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The package's policy gradient for groups of `paths` [G, B, T]: -N/G times the loss's gradient, and N, per group.
+
+    Gradients come back as [B, T, K+1, 1+K]: the gate's logit, then those of the new latent.
+    """
+    group, count, lines = paths.thought.shape
+    own = policy.copies(count)
+    gate, content = tabular.decision_logprobs(own, paths)
+    line_tokens = torch.arange(1, lines + 1)
+    rewards = objective.line_rewards(
+        tabular.line_logprobs(model, paths) * line_tokens,
+        line_tokens,
+        paths.thought,
+        torch.ones_like(paths.thought),
+        penalty=model.penalty,
+        format_penalty=7.0,
+        line_reward="mean",
+    )
+    returns = objective.truncated_returns(rewards, horizon=horizon, discount=discount)
+    advantages = objective.leave_one_out(returns) if baseline else returns
+    drawn = torch.cat([torch.ones_like(paths.thought), paths.thought])
+    logprobs = torch.cat([gate, content])
+    behaviour = torch.cat([objective.explored(gate.detach(), exploration), content.detach()])
+    if whole_path_weight:  # one weight for all decisions of a rollout: the product over its gates
+        gap = (gate.detach() - behaviour[:group]).sum(-1, keepdim=True).repeat(2, 1, lines)
+        behaviour = logprobs.detach() - gap
+    weights = objective.importance_weights(logprobs, behaviour, maximum=maximum)
+    decisions = int(drawn.sum())
+    loss = objective.policy_gradient_loss(
+        logprobs[drawn], weights[drawn], torch.cat([advantages, advantages])[drawn], global_count=decisions
+    )
+    return flat(torch.autograd.grad(-loss * decisions / group, own.tensors)), drawn.sum(dim=(0, 2))
+
+
+def flat(gradients: Sequence[Tensor]) -> Tensor:
+    gate, content = gradients
+    return torch.cat([gate.unsqueeze(-1), content], -1)
+
+
+def gradient(value: Tensor, policy: Policy, exploration: float = 0.0) -> Tensor:
+    """Gradient of `value`, its gate part divided by 1 - epsilon."""
+    gate, content = torch.autograd.grad(value, policy.tensors)
+    return flat((gate / (1 - exploration), content))
+
+
+def instance(seed: int, *, lines: int = 4) -> tuple[Model, Policy]:
+    model = tabular.random_model(seed, lines=lines)
+    policy = tabular.random_policy(model, seed)
+    return model, Policy(*(item.requires_grad_() for item in policy.tensors))
+
+
+def every_group(model: Model, policy: Policy, group: int, exploration: float = 0.0) -> tuple[Paths, Tensor]:
+    """All groups of paths [G, B, T] and their probabilities [B]."""
+    paths = tabular.all_paths(model)
+    members = torch.tensor(list(itertools.product(range(len(paths.thought)), repeat=group))).T
+    probability = torch.exp(tabular.step_logprobs(policy, paths, exploration).sum(-1)).detach()
+    return paths[members], probability[members].prod(0)
+
+
+def averaged(probability: Tensor, gradients: Tensor) -> Tensor:
+    return torch.einsum("b,btsk->tsk", probability, gradients)
+
+
+def z_scores(samples: Tensor, truth: Tensor) -> Tensor:
+    """Of each coordinate that can be reached at all."""
+    error = samples.std(0) / math.sqrt(len(samples))
+    reached = error > 0
+    assert torch.equal(truth[~reached], torch.zeros_like(truth[~reached]))
+    return ((samples.mean(0) - truth) / error)[reached]
+
+
+def relative(difference: Tensor, truth: Tensor) -> float:
+    return float(difference.norm() / truth.norm())
+
+
+# --- the two exact optima, and what the tests below rest on
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_enumeration_agrees_with_recursion_and_viterbi_with_the_best_path(seed):
+    model, policy = instance(seed)
+    paths = tabular.all_paths(model)
+    assert torch.exp(tabular.step_logprobs(policy, paths).sum(-1)).sum().item() == pytest.approx(1.0, abs=1e-12)
+    by_paths, by_recursion = tabular.value(model, policy), tabular.value_by_recursion(model, policy)
+    assert by_paths.item() == pytest.approx(by_recursion.item(), abs=1e-12)
+    assert torch.allclose(gradient(by_paths, policy), gradient(by_recursion, policy), rtol=0, atol=1e-12)
+    best, gains = tabular.viterbi(model)
+    totals = tabular.line_values(model, paths).sum(-1)
+    assert best == pytest.approx(float(totals.max()), abs=1e-12)
+    winner = totals.argmax()
+    gain = gains.gather(1, paths.before[winner].unsqueeze(1)).squeeze(1)
+    assert (gain > model.penalty).tolist() == paths.thought[winner].tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.95])
+def test_elbo_is_below_the_marginal_by_the_divergence_from_the_posterior(seed, alpha):
+    model, policy = instance(seed)
+    prior = tabular.sticky_prior(model.latents, alpha)
+    marginal, posterior, _ = tabular.forward_backward(model, prior)
+    assert marginal == pytest.approx(tabular.log_marginal(model, prior), abs=1e-12)
+    assert tabular.elbo(model, posterior, prior) == pytest.approx(marginal, abs=1e-12)
+    q = tabular.transitions(policy).detach()
+    no_lines = Model(torch.zeros_like(model.emission), 0.0)
+    divergence = -tabular.elbo(no_lines, q, posterior)
+    assert divergence > 0.1
+    assert tabular.elbo(model, q, prior) == pytest.approx(marginal - divergence, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.95])
+def test_kl_splits_into_a_gate_and_a_content_part(alpha):
+    """KL_Bern(rho ‖ 1-alpha') + rho [log(K-1) - H(q~)]; before the first rationale alpha' = alpha and K choices."""
+    model, policy = instance(0)
+    latents = model.latents
+    q = tabular.transitions(policy).detach()
+    direct = tabular.divergence(q, tabular.sticky_prior(latents, alpha))
+    for t, current in itertools.product(range(model.lines), range(latents + 1)):
+        keep = alpha + (1 - alpha) / latents if current < latents else alpha
+        rho = 1 - q[t, current, current]
+        new = torch.cat([q[t, current, :current], q[t, current, current + 1 :]])[:latents] / rho
+        new = new[new > 0]
+        gate = rho * torch.log(rho / (1 - keep)) + (1 - rho) * torch.log((1 - rho) / keep)
+        split = gate + rho * (math.log(len(new)) + (new * new.log()).sum())
+        assert float(split) == pytest.approx(float(direct[t, current]), abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.95])
+def test_posterior_gate_is_the_sigmoid_of_gain_minus_logit(alpha):
+    """rho* = sigmoid(gain - logit alpha') at every line and latent, and no gate on a grid does better."""
+    model, _ = instance(1)
+    latents = model.latents
+    _, posterior, values = tabular.forward_backward(model, tabular.sticky_prior(latents, alpha))
+    grid = torch.linspace(0, 1, 10_001, dtype=torch.float64)[1:-1]
+    for t, current in itertools.product(range(model.lines), range(latents + 1)):
+        keep = alpha + (1 - alpha) / latents if current < latents else alpha
+        after = model.emission[t] + values[t + 1]
+        others = [z for z in range(latents) if z != current]
+        gain = float(torch.logsumexp(after[others], 0) - math.log(len(others)) - after[current])
+        best = 1 / (1 + math.exp(math.log(keep / (1 - keep)) - gain))
+        assert best == pytest.approx(1 - float(posterior[t, current, current]), abs=1e-12)
+        divergence = grid * torch.log(grid / (1 - keep)) + (1 - grid) * torch.log((1 - grid) / keep)
+        assert float(grid[(grid * gain - divergence).argmax()]) == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_with_a_fixed_cost_the_best_gate_thinks_iff_the_gain_exceeds_it(seed):
+    """Changing one gate of a policy to any value on a grid: J is best at the indicator, whatever precedes."""
+    model, policy = instance(seed)
+    _, gains = tabular.viterbi(model)
+    t = model.lines - 1
+    for current in range(model.latents + 1):
+        sure = policy.content.detach().clone()
+        sure[t] = 200.0 * torch.nn.functional.one_hot(model.emission[t, :-1].argmax(), model.latents)
+        by_gate = []
+        for logit in torch.linspace(-40.0, 40.0, 9, dtype=torch.float64):
+            gate = policy.gate.detach().clone()
+            gate[t, current] = logit
+            by_gate.append(tabular.value(model, Policy(gate, sure)).item())
+        assert (by_gate == sorted(by_gate)) == bool(gains[t, current] > model.penalty)
+        assert by_gate in (sorted(by_gate), sorted(by_gate, reverse=True))
+
+
+# --- the gradient, as an expectation over every group of rollouts
+
+
+@pytest.mark.parametrize(("lines", "group"), [(2, 2), (2, 3), (3, 2)])
+def test_expected_gradient_over_every_group_is_that_of_j(lines, group):
+    """Exactly: E[N loss] has gradient -G grad J, with the baseline and without."""
+    model, policy = instance(lines, lines=lines)
+    truth = gradient(tabular.value(model, policy), policy)
+    paths, probability = every_group(model, policy, group)
+    for baseline in (True, False):
+        samples, _ = estimates(model, policy, paths, baseline=baseline)
+        assert torch.allclose(averaged(probability, samples), truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("horizon", "discount"), [(1, 1.0), (2, 1.0), (2, 0.6), (3, 0.6)])
+def test_shorter_credit_has_the_gradient_of_its_own_surrogate(horizon, discount):
+    model, policy = instance(3, lines=3)
+    truth = gradient(tabular.credited_value(model, policy, horizon=horizon, discount=discount), policy)
+    paths, probability = every_group(model, policy, 2)
+    samples, _ = estimates(model, policy, paths, horizon=horizon, discount=discount)
+    assert torch.allclose(averaged(probability, samples), truth, rtol=0, atol=1e-12)
+    full = gradient(tabular.value(model, policy), policy)
+    assert relative(truth - full, full) > 0.1
+    whole = gradient(tabular.credited_value(model, policy, horizon=3, discount=1.0), policy)
+    assert torch.allclose(whole, full, rtol=0, atol=1e-12)
+
+
+def test_a_thought_that_pays_off_later_needs_a_horizon():
+    """Thinking first costs 0.5 and gives 0.2 on each of four lines: worth it with H >= 3 only; H = 1 is the reward."""
+    emission = torch.full((4, 2), -1.0, dtype=torch.float64)
+    emission[:, 0] = -0.8
+    model = Model(emission, penalty=0.5)
+    policy = Policy(torch.full((4, 2), -30.0, dtype=torch.float64), torch.zeros(4, 2, 1, dtype=torch.float64))
+    policy.gate[0] = 0.0
+    rewards = tabular.line_values(model, tabular.all_paths(model))
+    assert torch.equal(objective.truncated_returns(rewards, horizon=1, discount=0.5), rewards)
+    for horizon in (1, 2, 3, 4):
+        own = Policy(*(item.clone().requires_grad_() for item in policy.tensors))
+        paths, probability = every_group(model, own, 2)
+        samples, _ = estimates(model, own, paths, horizon=horizon)
+        # d/d logit at a half is a quarter of what thinking brings
+        assert float(averaged(probability, samples)[0, 1, 0]) == pytest.approx((0.2 * horizon - 0.5) / 4, abs=1e-9)
+
+
+def test_dividing_by_the_random_number_of_decisions_leaves_a_bias_that_fades_with_the_batch():
+    """N counts thinks too: the gradient divided by N is a ratio, right as N's spread vanishes, of order 1/groups."""
+    model, policy = instance(2, lines=2)
+    truth = gradient(tabular.value(model, policy), policy)
+    paths, probability = every_group(model, policy, 2)
+    samples, decisions = estimates(model, policy, paths)
+    by_count = torch.zeros(int(decisions.max()) + 1, *truth.shape, dtype=torch.float64)
+    by_count.index_add_(0, decisions, probability.view(-1, 1, 1, 1) * samples)
+    law = torch.zeros(len(by_count), dtype=torch.float64).index_add_(0, decisions, probability)
+    mean = float(law @ torch.arange(len(law), dtype=torch.float64))
+    others, biases = torch.ones(1, dtype=torch.float64), []
+    for groups in range(1, 65):
+        total = torch.arange(len(law)).unsqueeze(1) + torch.arange(len(others))
+        inverse = (others / total.clamp(min=1)).sum(1)  # E[1/N] given the decisions of one of the groups
+        expected = groups * torch.einsum("n,ntsk->tsk", inverse, by_count) * mean
+        biases.append(relative(expected - truth, truth))
+        others = torch.nn.functional.conv1d(others.view(1, 1, -1), law.flip(0).view(1, 1, -1), padding=len(law) - 1)
+        others = others.flatten()
+    assert 0.05 < biases[0] < 0.1
+    assert [groups * biases[groups - 1] for groups in (8, 16, 32)] == pytest.approx([64 * biases[63]] * 3, rel=0.02)
+
+
+# --- exploration
+
+
+@pytest.mark.parametrize(("rarer", "least", "most"), [(0.0, 0.2, 0.22), (4.0, 15.0, 19.0)])
+@pytest.mark.parametrize("exploration", [0.0, 0.01, 0.1, 0.5])
+def test_explored_gradient_is_that_of_the_exploring_policy(exploration, rarer, least, most):
+    """Weights per decision ascend J of (1-eps) q + eps/2, exactly; only the whole path's weight ascends J of q itself.
+
+    Relative to the gradient of J of q they are off by 0.2 eps where every other gate thinks, by 15 to 19 eps where two
+    in a hundred do.
+    """
+    model, policy = instance(4, lines=2)
+    policy = Policy(policy.gate - rarer, policy.content)
+    truth = gradient(tabular.value(model, policy), policy)
+    paths, probability = every_group(model, policy, 2, exploration)
+    expected = averaged(probability, estimates(model, policy, paths, exploration=exploration)[0])
+    ascended = gradient(tabular.value(model, policy, exploration), policy, exploration)
+    assert torch.allclose(expected, ascended, rtol=0, atol=1e-12)
+    bias = relative(expected - truth, truth)
+    assert least * exploration <= bias <= most * exploration + 1e-12
+    # Never above 1/(1-eps), so the default truncation at 2 is idle up to eps = 1/2.
+    truncated = averaged(probability, estimates(model, policy, paths, exploration=exploration, maximum=2.0)[0])
+    assert torch.allclose(truncated, expected, rtol=0, atol=1e-12)
+    options = {"exploration": exploration, "baseline": False, "whole_path_weight": True}
+    whole = averaged(probability, estimates(model, policy, paths, **options)[0])
+    assert torch.allclose(whole, truth, rtol=0, atol=1e-12)
+
+
+def test_content_learns_from_explored_thoughts_at_the_rate_they_are_drawn():
+    """One line: the gate's gradient is that of J whatever epsilon; a new latent's is b(think)/q(think) times it."""
+    model, policy = instance(0, lines=1)
+    policy = Policy(policy.gate - 5.0, policy.content)
+    paths, probability = every_group(model, policy, 2, exploration=0.1)
+    samples, _ = estimates(model, policy, paths, exploration=0.1)
+    expected, truth = averaged(probability, samples)[0, -1], gradient(tabular.value(model, policy), policy)[0, -1]
+    think = torch.sigmoid(policy.gate[0, -1]).item()
+    assert expected[0].item() == pytest.approx(truth[0].item(), rel=1e-9)
+    assert (expected[1:] / truth[1:]).tolist() == pytest.approx([(0.9 * think + 0.05) / think] * 3, rel=1e-9)
+
+
+# --- sampled rollouts
+
+
+@pytest.mark.parametrize(("exploration", "horizon", "discount"), [(0.0, 99, 1.0), (0.0, 2, 0.7), (0.1, 99, 1.0)])
+def test_sampled_gradients_have_the_exact_mean(exploration, horizon, discount):
+    """z-scores over 260 coordinates of five models; the baseline moves the variance only; credit for one line fails."""
+    scores, wrong, spread = [], [], []
+    for seed in SEEDS:
+        model, policy = instance(seed)
+        generator = torch.Generator().manual_seed(seed)
+        paths = tabular.sample_paths(policy, (4, 10_000), generator, exploration)
+        options = {"horizon": horizon, "discount": discount, "exploration": exploration}
+        samples, _ = estimates(model, policy, paths, **options)
+        truth = gradient(tabular.credited_value(model, policy, **options), policy, exploration)
+        scores.append(z_scores(samples, truth))
+        wrong.append(z_scores(estimates(model, policy, paths, **options | {"horizon": 1})[0], truth))
+        plain, _ = estimates(model, policy, paths, baseline=False, **options)
+        scores.append(z_scores(samples - plain, torch.zeros_like(truth)))
+        spread.append(float(samples.var(0).sum() / plain.var(0).sum()))
+    z = torch.cat(scores)
+    assert len(z) == 2 * 260
+    assert z.abs().max() < 4
+    assert 0.8 < (z**2).mean() < 1.2
+    assert torch.cat(wrong).abs().max() > 50
+    assert max(spread) < 0.2  # variance with the baseline, relative to none
+
+
+# --- learning
+
+
+def learn(model: Model, policy: Policy, steps: int, *, groups: int, exploration: float = 0.0) -> None:
+    """Adam on the gradient of `groups` sampled groups of eight, or on the exact one if 0."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.tensors, lr=0.1, maximize=True)
+    for _ in range(steps):
+        if groups:
+            paths = tabular.sample_paths(policy, (8, groups), generator, exploration)
+            found = estimates(model, policy, paths, exploration=exploration, maximum=2.0)[0].mean(0)
+        else:
+            found = gradient(tabular.value(model, policy, exploration), policy, exploration)
+        policy.gate.grad, policy.content.grad = found[..., 0], found[..., 1:]
+        optimizer.step()
+
+
+def share_of_optimum(model: Model, policy: Policy) -> float:
+    """0 is J of never thinking, 1 is Viterbi's optimum."""
+    best, _ = tabular.viterbi(model)
+    return (tabular.value(model, policy).item() - model.act_value) / (best - model.act_value)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize("groups", [0, 32])
+def test_learning_reaches_the_viterbi_optimum(seed, groups):
+    model, policy = instance(seed)
+    assert share_of_optimum(model, policy) < 0.45
+    learn(model, policy, 400, groups=groups)
+    assert 0.99 < share_of_optimum(model, policy) < 1.0
+
+
+@pytest.mark.parametrize("groups", [0, 32])
+@pytest.mark.parametrize("exploration", [0.0, 0.1])
+def test_a_gate_that_closes_before_its_latents_are_learnt_stays_closed(exploration, groups):
+    """The exact gradient stops there too: the first of the optimum's thoughts, worth 6 %, is not tried again."""
+    model, policy = instance(1)
+    learn(model, policy, 500, groups=groups, exploration=exploration)
+    paths = tabular.all_paths(model)
+    totals = tabular.line_values(model, paths).sum(-1)
+    best, _ = tabular.viterbi(model)
+    without = (float(totals[~paths.thought[:, 0]].max()) - model.act_value) / (best - model.act_value)
+    assert without == pytest.approx(0.942, abs=1e-3)
+    assert without - 0.01 < share_of_optimum(model, policy) < without
+
+
+@pytest.mark.parametrize("groups", [0, 32])
+def test_a_gate_that_starts_open_learns_what_that_one_never_tries(groups):
+    model, policy = instance(1)
+    opened = Policy((policy.gate.detach() + 3.0).requires_grad_(), policy.content)
+    learn(model, opened, 500, groups=groups)
+    assert 0.99 < share_of_optimum(model, opened) < 1.0
+
+
+def test_where_thinking_costs_too_much_the_best_policy_never_thinks():
+    model, policy = instance(0)
+    model = Model(model.emission, penalty=50.0)
+    best, gains = tabular.viterbi(model)
+    assert best == pytest.approx(model.act_value, abs=1e-12)
+    assert gains.max() < 50.0
+    learn(model, policy, 400, groups=8)
+    thinks = torch.sigmoid(policy.gate.detach())[:, model.latents]
+    assert thinks.max() < 0.01
+    assert -0.5 < tabular.value(model, policy).item() - model.act_value < 0
+
+
+# --- the whole E-step, from trajectories of tokens to the optimizer's gradient
+
+
+class TabularTrainer:
+    """Scores token pairs with a tabular model; `step` keeps the gradient instead of taking a step.
+
+    A latent is one token and its close; line t repeats its own token t+1 times. The law depends on the prefix alone.
+    """
+
+    def __init__(self, model: Model, policy: Policy) -> None:
+        self.model, self.policy = model, policy
+        self.found = torch.zeros_like(flat((policy.gate, policy.content)))
+
+    def score(self, micro_batches):
+        return [self._logprobs(batch).detach() for batch in micro_batches]
+
+    def step(self, micro_batches, loss_fn, lr):
+        loss = sum(loss_fn(i, self._logprobs(batch)) for i, batch in enumerate(micro_batches))
+        self.found = gradient(loss, self.policy)
+        return {"loss": loss.item(), "grad_norm": float(self.found.norm())}
+
+    def _logprobs(self, batch) -> Tensor:
+        width = batch.token_ids.shape[1]
+        rows = [divmod(row, width) for row in batch.rows.tolist()]
+        prefixes = [batch.token_ids[item, : position + 1].tolist() for item, position in rows]
+        return torch.stack([self._next(*pair) for pair in zip(prefixes, batch.targets.tolist(), strict=True)])
+
+    def _next(self, prefix: list[int], target: int) -> Tensor:
+        """log p(target | prefix); after a close a "#" has probability 0.3, which a line's score must take out."""
+        if target in (prefix[-1], NEWLINE):
+            return torch.zeros((), dtype=torch.float64)
+        t = len({token for token in prefix if token >= LINE})
+        current = ([self.model.latents] + [token - LATENT for token in prefix if LATENT <= token < LINE])[-1]
+        if prefix[-1] == HASH:
+            return torch.log_softmax(self.policy.content[t, current], 0)[target - LATENT]
+        after_close = LATENT <= prefix[-2] < LINE
+        logit = torch.tensor(math.log(3 / 7), dtype=torch.float64) if after_close else self.policy.gate[t, current]
+        if target == HASH:
+            return torch.nn.functional.logsigmoid(logit)
+        return torch.nn.functional.logsigmoid(-logit) + (t + 1) * self.model.emission[t, current]
+
+
+def trajectory(model: Model, paths: Paths, behaviour: tuple[Tensor, Tensor]) -> Trajectory:
+    """One path [T] as tokens, with the behaviour's log-probs of gates and latents."""
+    lines = tuple((LINE + t,) * (t + 1) for t in range(model.lines))
+    item = FORMAT.begin(Snippet("s", (EOS,), lines, (None,) * model.lines))
+    gates, contents = (values.tolist() for values in behaviour)
+    for t, line in enumerate(lines):
+        if paths.thought[t]:
+            FORMAT.append_think(item, logprob=gates[t])
+            tokens = (LATENT + int(paths.after[t]), NEWLINE)
+            FORMAT.append_rationale(item, tokens, line, logprobs=(contents[t], 0.0))
+        else:
+            FORMAT.append_act(item, line, logprob=gates[t])
+    return item
+
+
+@pytest.mark.parametrize(("exploration", "horizon"), [(0.0, 2), (0.1, 2), (0.1, 1)])
+def test_the_whole_estep_has_the_exact_gradient_over_every_pair_of_rollouts(exploration, horizon):
+    """Packing, scoring, advantages, weights and normaliser together; pairs that are alike have no gradient."""
+    model, policy = instance(2, lines=2)
+    paths = tabular.all_paths(model)
+    gates, contents = (item.detach() for item in tabular.decision_logprobs(policy, paths))
+    gates = torch.log((1 - exploration) * torch.exp(gates) + exploration / 2)
+    probability = torch.exp((gates + contents).sum(-1)).tolist()
+    items = [trajectory(model, paths[torch.tensor(i)], (gates[i], contents[i])) for i in range(len(probability))]
+    trainer = TabularTrainer(model, policy)
+    layout = SimpleNamespace(device=torch.device("cpu"), sum_over_dp=lambda x: x, sum_number_over_dp=float)
+    config = EStepConfig(penalty=model.penalty, horizon=horizon, gate_exploration=exploration)
+    estep = EStep(config, trainer, layout, FORMAT, micro_batch_tokens=20)
+    expected = torch.zeros_like(trainer.found)
+    for a, b in itertools.combinations(range(len(items)), 2):
+        metrics = estep.update([[items[a], items[b]]])
+        assert metrics["mismatch"] < 1e-6
+        decisions = sum(items[a].sampled) + sum(items[b].sampled)
+        expected -= 2 * probability[a] * probability[b] * trainer.found * decisions / 2
+    surrogate = tabular.credited_value(model, policy, horizon=horizon, discount=1.0, exploration=exploration)
+    truth = gradient(surrogate, policy, exploration)
+    assert relative(expected - truth, truth) < 1e-6
