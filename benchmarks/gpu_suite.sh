@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command; writes benchmarks/results/<date>-<gpu>.{json,log}.
+# Everything that only a GPU can show, in one command; writes <date>-<gpu>.{json,log} into RA3_RESULTS (default:
+# benchmarks/results).
 # Needs an interpreter with a CUDA torch, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
 # So far: correctness of the likelihood kernel at full size. Nothing here has been run on a GPU yet.
 set -euo pipefail
@@ -10,7 +11,7 @@ python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
     exit 2
 }
 name=$(date -u +%Y-%m-%d)-$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
-results=${OUT:-benchmarks/results}
+results=${RA3_RESULTS:-benchmarks/results}
 mkdir -p "$results"
 status=0
 "$python" -m pytest -m gpu tests/test_kernels_gpu.py --junitxml="$results/$name.xml" 2>&1 | tee "$results/$name.log" || status=$?

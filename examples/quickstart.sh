@@ -2,11 +2,12 @@
 # RA3 mid-training end to end, small, with every real part: a base model from scratch on this Python's standard library,
 # two EM rounds (two tensor-parallel Megatron ranks, one vLLM engine), the NTP baseline on as many tokens, and a table.
 # Interrupted, the same command goes on where it stopped. RA3_QUICKSTART names its folder, RA3_BASE_STEPS the steps of the
-# base model; key=value arguments go to all three runs.
+# base model; key=value arguments go to all three runs, before what each sets itself.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+# A stopped run saves after its current step; torchrun must give it the time.
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 out=${RA3_QUICKSTART:-runs/quickstart}
 settings=("corpus.folder=$out/corpus" "$@")
 
@@ -15,7 +16,7 @@ train() {
     shift
     echo "== $name"
     torchrun --nproc-per-node 2 --local-addr 127.0.0.1 -m megatron_ra3 midtrain examples/quickstart/run.yaml \
-        run_folder="$out/$name" "$@" "${settings[@]}"
+        run_folder="$out/$name" "${settings[@]}" "$@"
 }
 
 if [[ ! -e $out/corpus/manifest.json ]]; then

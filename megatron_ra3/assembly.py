@@ -201,7 +201,15 @@ def _check_batch_sizes(config: RunConfig, layout: parallel.ParallelLayout) -> No
 def _check_engines(config: RunConfig, layout: parallel.ParallelLayout) -> None:
     """Refuse servers that the replicas could not share or reach; collective over all ranks."""
     engine, replicas = config.engine, layout.dp_size
-    if not config.em.rounds or engine.resolved_kind != "vllm" or replicas == 1:
+    if not config.em.rounds or engine.resolved_kind != "vllm":
+        return
+    if torch.cuda.is_available() and not engine.urls and (replicas > 1 or engine.memory_fraction > 0.5):
+        raise ValueError(
+            "engine.urls is empty: servers started by the trainers would share the trainers' GPUs; start them on GPUs "
+            "of their own (ra3 serve, or slurm/ra3_midtrain.sbatch) and name them in engine.urls, or with a single "
+            "replica set engine.memory_fraction to at most 0.5"
+        )
+    if replicas == 1:
         return
     if engine.urls:
         if len(engine.urls) < replicas:

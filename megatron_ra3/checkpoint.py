@@ -56,18 +56,20 @@ class Checkpoints:
         self.keep_last = keep_last
         self.layout = layout
 
-    def save(self, step: int, manifest: Mapping[str, Any], write_state: Callable[[Path], None]) -> Path:
+    def save(self, step: int, manifest: Callable[[], Mapping[str, Any]], write_state: Callable[[Path], None]) -> Path:
         """Write the state of all ranks, then the manifest, then rename; nothing where `step` is saved already.
 
-        `write_state` gets a folder to create. OSError, on every rank: saving failed on one of them; earlier
-        checkpoints are whole.
+        `write_state` gets a folder to create, `manifest` is called once on every rank. OSError, on every rank: saving
+        failed on one of them; earlier checkpoints are whole.
         """
         final = self.folder / f"step-{step:08d}"
-        if self._all_ranks(self.layout.rank == 0 and _is_whole(final))[0]:
+        if self.layout.gather_from_ranks(self.layout.rank == 0 and _is_whole(final))[0]:
             return final
         partial = self.folder / f".saving-{final.name}"
+        contents: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step}
 
         def prepare() -> None:
+            contents.update(manifest())
             if self.layout.rank == 0:
                 for leftover in self.folder.glob(".*-step-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -75,7 +77,7 @@ class Checkpoints:
 
         def finish() -> None:
             if self.layout.rank == 0:
-                _finish(partial, final, {"format_version": FORMAT_VERSION, "step": step, **manifest})
+                _finish(partial, final, contents)
                 for old in self.finished()[: -self.keep_last]:
                     _remove(old)
 
@@ -90,7 +92,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same on every rank."""
         newest = self.finished()[-1:] if self.layout.rank == 0 else []
-        return next(iter(self._all_ranks(newest)[0]), None)
+        return next(iter(self.layout.gather_from_ranks(newest)[0]), None)
 
     def _together(self, work: Callable[[], None], partial: Path, final: Path) -> None:
         """Do `work` on every rank; where it failed on one, OSError on all at once instead of a timeout."""
@@ -99,7 +101,7 @@ class Checkpoints:
             work()
         except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
             failure = error
-        problems = self._all_ranks(f"{type(failure).__name__}: {failure}" if failure else "")
+        problems = self.layout.gather_from_ranks(f"{type(failure).__name__}: {failure}" if failure else "")
         if any(problems):
             if self.layout.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -108,15 +110,6 @@ class Checkpoints:
                 f"({_free_bytes(self.folder)} bytes free); earlier checkpoints are untouched: free space or set "
                 "run_folder to another disk, then start again"
             ) from failure
-
-    def _all_ranks(self, value: Any) -> list[Any]:
-        if self.layout.world_size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        gathered = [None] * self.layout.world_size
-        dist.all_gather_object(gathered, value, group=self.layout.control_group)
-        return gathered
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -367,8 +367,11 @@ def validate(config: RunConfig) -> None:
             f"latents.max_rationale_tokens={latents.max_rationale_tokens}: a trajectory has room for {longest} at "
             f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}; lower the former or raise the latter"
         )
-    if engine.kind == "inprocess" and engine.urls:
-        raise ValueError("engine.urls is set but engine.kind=inprocess uses no server; set engine.kind=vllm")
+    if engine.resolved_kind == "inprocess" and engine.urls:
+        raise ValueError(
+            f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
+            "installed)"
+        )
     if engine.block_size % 32:
         raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
     if config.em.rounds and not config.mstep.steps and not config.estep.steps:

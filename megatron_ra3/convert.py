@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ra3.assembly import DTYPES
 from megatron_ra3.checkpoint import Checkpoints, model_digest, read_manifest
 from megatron_ra3.config import RunConfig
+from megatron_ra3.corpus.tokenizer import tokenizer_fingerprint
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.build import build_model
 from megatron_ra3.run import Run
@@ -19,8 +20,9 @@ def export_checkpoint(config: RunConfig, out: Path) -> Path:
     """Write the run's newest checkpoint as a Hugging Face folder `out`; returns the checkpoint.
 
     Runs as one process whatever layout wrote the checkpoint, and holds the whole model in memory. Only reads in the run
-    folder, so it may be called beside the run itself. ValueError: the run has no checkpoint yet, or one of another
-    model than `config` names; FileExistsError: `out` exists.
+    folder, so it may be called beside the run itself; where that removes the checkpoint meanwhile, call it again.
+    ValueError: the run has no checkpoint yet, or one of another model or tokenizer than `config` names;
+    FileExistsError: `out` exists.
     """
     layout = parallel.initialize(1, 1, seed=config.seed, timeout_s=config.parallel.timeout_s)
     try:
@@ -30,6 +32,11 @@ def export_checkpoint(config: RunConfig, out: Path) -> Path:
             raise ValueError(f"{folder} holds no checkpoint: run_folder is another run's, or it has not saved yet")
         manifest = read_manifest(newest)
         hf_config = _hf_config(config, newest, manifest)
+        if tokenizer_fingerprint(config.tokenizer_folder) != manifest["tokenizer"]:
+            raise ValueError(
+                f"{config.tokenizer_folder} holds another tokenizer than {newest} was trained with, or none: set "
+                "corpus.tokenizer to the one it was"
+            )
         model = build_model(hf_config, layout, dtype=DTYPES[manifest["config"]["model"]["dtype"]])
         state.load_weights(newest / "state", model)
         names.save_hf(model, out, hf_config, config.tokenizer_folder)

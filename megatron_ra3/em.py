@@ -59,7 +59,7 @@ def mstep(run: Run, phase: Phase) -> Metrics:
     if run.progress.step == 0 and run.config.em.restart_from_base:
         run.assembly.reset_weights()
     config = run.config.mstep
-    metrics = _next_token(run, phase, config, run.take_annotated(config.snippets_per_step))
+    metrics = _next_token(run, phase, config, run.take_annotated(phase.steps - run.progress.step))
     run.progress.mstep_tokens += int(metrics["tokens"])
     return metrics
 

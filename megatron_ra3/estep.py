@@ -57,8 +57,8 @@ class EStep:
         if self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages)):
             result = self._policy_gradient(rollouts, packing, advantages)
         line_counts = [rollouts.per_line(rollouts.counts, indices) for indices in packing]
-        thinking = _joined([torch.cat([advantages[index] for index in indices]) for indices in packing])
-        return result | self._metrics(scored, scores, rewards, line_counts, thinking)
+        line_advantage = _joined([torch.cat([advantages[index] for index in indices]) for indices in packing])
+        return result | self._metrics(scored, scores, rewards, line_counts, line_advantage)
 
     def _batch(self, rollouts: _Rollouts, indices: Sequence[int], *, with_lines: bool) -> LatentBatch:
         return LatentBatch([rollouts.items[index] for index in indices], self.format, with_lines=with_lines)

@@ -89,6 +89,7 @@ class Run:
         self._engine: ServedEngine | None = None
         self._samplers: dict[int, Sampler] = {}
         self._think_rates: dict[int, float] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._steps_here = 0
         self._stop_reason = ""
         self._step_started = time.monotonic()
@@ -96,7 +97,9 @@ class Run:
 
     def __enter__(self) -> Self:
         self._restore()
-        self._handlers = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.getsignal(number)
+            signal.signal(number, self._request_stop)
         return self
 
     def __exit__(
@@ -107,6 +110,8 @@ class Run:
         if self._engine is not None:
             self._engine.close()
         self.metrics.close()
+        self.train.close()
+        self.heldout.close()
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
         parallel.destroy()
@@ -138,12 +143,14 @@ class Run:
         self.progress.step += 1
         self.progress.total_steps += 1
         self._steps_here += 1
+        if self.layout.rank == 0:
+            (self.folder / "summary.json").unlink(missing_ok=True)
         record: dict[str, Any] = {
             "step": self.progress.total_steps,
             "phase": phase.name,
             "round": phase.round,
             **metrics,
-            "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.dropped),
+            "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "seconds": time.monotonic() - self._step_started,
         }
         self.metrics.write(f"{phase.name} r{phase.round} {self.progress.step}/{phase.steps}", record)
@@ -160,11 +167,11 @@ class Run:
             )
 
     def finish(self) -> dict[str, Any]:
-        """Save, export to Hugging Face format, and write the run's summary."""
+        """Save, export to Hugging Face format, and write the summary, which stands for: nothing ran since."""
         self.save()
         export, summary_path = self.folder / "export", self.folder / "summary.json"
-        if self.layout.any_rank(self.layout.rank == 0 and not self._exported(export, summary_path)):
-            names.save_hf(self.assembly.model, export, self.assembly.model.hf_config, self.config.tokenizer_folder)
+        if self.layout.any_rank(self.layout.rank == 0 and not (summary_path.is_file() and export.is_dir())):
+            self._export(export)
         summary = {"steps": self.progress.total_steps, "mstep_tokens": self.progress.mstep_tokens, **self._last}
         if self.layout.rank == 0:
             summary_path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -187,10 +194,9 @@ class Run:
         if self.layout.is_replica_leader:
             self.annotated.append(trajectories)
 
-    def take_annotated(self, count: int) -> list[Trajectory]:
-        """Return this replica's share of the next `count` bootstrapped snippets."""
-        share = len(range(self.layout.dp_rank, count, self.layout.dp_size))
-        taken = self.annotated.take(share) if self.layout.is_replica_leader else None
+    def take_annotated(self, steps_left: int) -> list[Trajectory]:
+        """Return the replica's bootstrapped snippets of one of `steps_left` M-steps."""
+        taken = self.annotated.take(steps_left) if self.layout.is_replica_leader else None
         return self.layout.broadcast_in_replica(taken)
 
     def write_samples(self, trajectories: Sequence[Trajectory]) -> None:
@@ -227,7 +233,7 @@ class Run:
         """Save everything; OSError when the disk refuses, earlier checkpoints stay whole."""
         model, optimizer = self.assembly.model, self.assembly.trainer.optimizer
         return self.checkpoints.save(
-            self.progress.total_steps, self._manifest(), lambda folder: state.save_state(folder, model, optimizer)
+            self.progress.total_steps, self._manifest, lambda folder: state.save_state(folder, model, optimizer)
         )
 
     def _request_stop(self, number: int, _frame: object) -> None:
@@ -235,25 +241,23 @@ class Run:
         self._stop_reason = signal.Signals(number).name
         signal.signal(number, self._handlers[signal.Signals(number)])
 
-    def _exported(self, export: Path, summary: Path) -> bool:
-        """Whether an export of these weights is there; one of an earlier end of the run is removed."""
-        try:
-            steps = json.loads(summary.read_text(encoding="utf-8"))["steps"]
-        except (OSError, ValueError):
-            steps = None
-        if steps == self.progress.total_steps:
-            return export.exists()
-        shutil.rmtree(export, ignore_errors=True)
-        return False
+    def _export(self, export: Path) -> None:
+        """Write the weights beside an earlier export, then take its place."""
+        new = export.with_name("export.new")
+        if self.layout.rank == 0:
+            shutil.rmtree(new, ignore_errors=True)
+        names.save_hf(self.assembly.model, new, self.assembly.model.hf_config, self.config.tokenizer_folder)
+        if self.layout.rank == 0:
+            shutil.rmtree(export, ignore_errors=True)
+            new.rename(export)
 
     def _manifest(self) -> dict[str, Any]:
         rates = self._think_rates | {rollouts: sampler.think_rate for rollouts, sampler in self._samplers.items()}
         replica = {
-            "written": self.annotated.written,
-            "read": self.annotated.read,
+            "annotated": self.annotated.state_dict(),
             "think_rates": {str(rollouts): rate for rollouts, rate in rates.items()},
         }
-        replicas = self.layout.gather_from_leaders(replica)
+        replicas = self.layout.gather_from_leaders(replica)  # a collective, so before anything that can fail
         return self._identity | {
             "progress": self.progress.to_json(),
             "stream": self.train.state_dict(),
@@ -276,7 +280,7 @@ class Run:
         self.train.load_state_dict(manifest["stream"])
         replica = manifest["replicas"][self.layout.dp_rank]
         if self.layout.is_replica_leader:
-            self.annotated.restore(replica["written"], replica["read"])
+            self.annotated.load_state_dict(replica["annotated"])
         self._think_rates = {int(rollouts): rate for rollouts, rate in replica["think_rates"].items()}
         self._last = manifest["last"]
         self.metrics.rewind(manifest["metrics_offset"], self.progress.total_steps)
@@ -297,7 +301,7 @@ class Run:
             )
         except (ValueError, OSError) as error:
             problem = error
-        for found in self.layout.gather_from_leaders(problem):
+        for found in self.layout.gather_from_ranks(problem):
             if found is not None:
                 raise found
         return train, heldout

@@ -35,7 +35,7 @@ class Progress:
     mstep_tokens: int = 0
     """Tokens trained on in M-steps so far."""
     weight_version: int = 0
-    """Counts optimizer steps; tags every sampled latent."""
+    """Counts steps that may change the weights; tags every sampled latent."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict."""

@@ -33,7 +33,7 @@ def _write(text: str):
 def checkpoints(layout, tmp_path):
     folder = Checkpoints(tmp_path / "checkpoints", keep_last=2, layout=layout)
     for step in (10, 20, 30):
-        folder.save(step, {"note": step}, _write(f"state {step}"))
+        folder.save(step, lambda step=step: {"note": step}, _write(f"state {step}"))
     return folder
 
 
@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(checkpoints):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match=r"step-00000040.*No space left.*earlier checkpoints are untouched.*run_folder"):
-        checkpoints.save(40, {}, full)
+        checkpoints.save(40, dict, full)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000020", "step-00000030"]
     assert read_manifest(checkpoints.latest())["step"] == 30
 
@@ -62,11 +62,11 @@ def test_a_crash_while_saving_leaves_nothing_that_counts(checkpoints):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(40, {}, killed)
+        checkpoints.save(40, dict, killed)
     assert read_manifest(checkpoints.latest())["step"] == 30
     partial = checkpoints.folder / ".saving-step-00000040"
     assert (partial / "state" / "weights").read_text() == "half"
-    checkpoints.save(50, {}, _write("whole"))
+    checkpoints.save(50, dict, _write("whole"))
     assert (checkpoints.latest() / "state" / "weights").read_text() == "whole"
     assert not partial.exists()
 
@@ -86,10 +86,10 @@ def test_a_manifest_torn_by_a_kill_is_not_a_checkpoint(checkpoints):
 def test_a_step_that_is_saved_already_is_left_alone(checkpoints):
     newest = checkpoints.latest()
     born = (newest / "manifest.json").stat().st_ino
-    assert checkpoints.save(30, {"note": "again"}, lambda _: pytest.fail("written again")) == newest
+    assert checkpoints.save(30, lambda: {"note": "again"}, lambda _: pytest.fail("written again")) == newest
     assert (newest / "manifest.json").stat().st_ino == born
     (newest / "state" / "weights").write_text("cut")
-    checkpoints.save(30, {"note": "again"}, _write("mended"))
+    checkpoints.save(30, lambda: {"note": "again"}, _write("mended"))
     assert read_manifest(newest)["note"] == "again"
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000020", "step-00000030"]
 
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_made_is_named(layout, tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", keep_last=1, layout=layout)
     with pytest.raises(OSError, match=r"cannot save checkpoint .*step-00000001: NotADirectoryError.* bytes free"):
-        checkpoints.save(1, {}, _write("state"))
+        checkpoints.save(1, dict, _write("state"))
 
 
 def _fail_on_one_rank(folder: Path) -> tuple[str, float]:
@@ -111,7 +111,7 @@ def _fail_on_one_rank(folder: Path) -> tuple[str, float]:
 
     start = time.monotonic()
     try:
-        checkpoints.save(1, {}, write)
+        checkpoints.save(1, dict, write)
     except OSError as error:
         return str(error), time.monotonic() - start
     finally:

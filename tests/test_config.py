@@ -24,7 +24,7 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inpr
         ("estep.discount=1.5", "must lie between 0 and 1"),
         ("latents.surface=comment", "must be one of"),
         ("latents.comments=keep_as_code", "set latents.surface=special"),
-        ("engine.urls=[http://a]", "set engine.kind=vllm"),
+        ("engine.urls=[http://a]", "engine.kind=inprocess uses no server here"),
         ("engine.block_size=16", "multiple of 32"),
         ("seed=true", "must be of type int"),
         ("estep.learning_rate=fast", "must be a number"),

@@ -20,7 +20,6 @@ class SnippetTokenizer:
         max_rationale_tokens: a native rationale that, closed, is longer is dropped: the model would learn to write
             what it is then punished for.
 
-    `dropped` counts snippets whose very first line did not fit.
     """
 
     def __init__(
@@ -37,13 +36,18 @@ class SnippetTokenizer:
         self.comments = comments
         self.max_tokens = max_tokens
         self.max_rationale_tokens = max_rationale_tokens
-        self.dropped = 0
+        self._dropped = 0
 
     def snippets(self, records: Sequence[SnippetRecord]) -> list[Snippet]:
         """Tokenise `records`, leaving out those of which nothing fits."""
         snippets = [snippet for snippet in map(self._snippet, records) if snippet is not None]
-        self.dropped += len(records) - len(snippets)
+        self._dropped += len(records) - len(snippets)
         return snippets
+
+    def take_dropped(self) -> int:
+        """Snippets left out since the last call: not even their first line fits."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def _snippet(self, record: SnippetRecord) -> Snippet | None:
         lines = [annotate(line, self.comments) for line in record.lines if line.code]

@@ -87,11 +87,15 @@ class ParallelLayout:
 
     def gather_from_leaders(self, value: Any) -> list[Any]:
         """Return the picklable `value` of every replica's leader, in data-parallel order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, (self.dp_rank, self.is_replica_leader, value), group=self.control_group)
+        gathered = self.gather_from_ranks((self.dp_rank, self.is_replica_leader, value))
         return [item for _, leads, item in sorted(gathered, key=lambda entry: entry[0]) if leads]
+
+    def gather_from_ranks(self, value: Any) -> list[Any]:
+        """Return the picklable `value` of every rank, in rank order, on every rank."""
+        gathered: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, value, group=self.control_group)
+        return gathered
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is set on any rank; every rank must call."""

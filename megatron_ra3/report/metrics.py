@@ -115,7 +115,8 @@ class MetricsLog:
         if self._writes:
             cut_back(self._file, offset)
             if self._bar is not None:
-                self._bar.update(step)
+                self._bar.initial = self._bar.n = step
+                self._bar.refresh()
 
     def shorten(self, steps: int) -> None:
         """Expect `steps` fewer steps in all, as when a phase ends early."""

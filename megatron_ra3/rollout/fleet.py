@@ -54,6 +54,8 @@ def open_engine(
 
     `model_folder` is a Hugging Face folder of the trainer's architecture; its weights are replaced by the first sync.
     """
+    if trainer.layout.rank == 0:
+        print(f"engine: {config.engine.resolved_kind}", flush=True)
     if config.engine.resolved_kind == "inprocess":
         return InProcess(trainer, latent_format, config.parallel.micro_batch_tokens)
     return Servers(config, trainer, latent_format, model_folder)
@@ -192,8 +194,8 @@ class Servers:
         batch = MicroBatch(tokens, last.repeat_interleave(len(gate_ids)), torch.tensor(gate_ids * PROBE_SEQUENCES))
         own = self.trainer.score([batch])[0].cpu()
         queries = [GateQuery(tuple(row), (PROBE_TOKENS - 1,)) for row in tokens.tolist()]
-        answers = self.lead(lambda: [score.logprobs[0] for score in self.engine.gate_logprobs(queries)])
-        difference = float((torch.tensor(answers).flatten() - own).abs().max())
+        theirs = self.lead(lambda: [score.logprobs[0] for score in self.engine.gate_logprobs(queries)])
+        difference = float((torch.tensor(theirs).flatten() - own).abs().max())
         tolerance = PARITY_TOLERANCE[self.config.model.dtype]
         if not difference <= tolerance:
             raise EngineError(
