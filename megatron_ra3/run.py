@@ -93,6 +93,7 @@ class Run:
         self._steps_here = 0
         self._stop_reason = ""
         self._step_started = time.monotonic()
+        self._step_label = ""
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
@@ -129,6 +130,7 @@ class Run:
         """Step numbers of `phase` that are still to be done."""
         while self.progress.step < phase.steps:
             self._step_started = time.monotonic()
+            self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
             yield self.progress.step
 
     def end_phase(self, phase: Phase) -> None:
@@ -153,7 +155,7 @@ class Run:
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "seconds": time.monotonic() - self._step_started,
         }
-        self.metrics.write(f"{phase.name} r{phase.round} {self.progress.step}/{phase.steps}", record)
+        self.metrics.write(self._step_label, record)
         self._last[phase.name] = metrics
         if self._steps_here == self.config.checkpoint.stop_after_steps:
             self._stop_reason = f"checkpoint.stop_after_steps={self._steps_here}"

@@ -53,12 +53,6 @@ check_machine() {
     ((free_gb >= need_gb)) || fail "$free_gb GB free under $PWD, $need_gb GB needed; free some space"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments; on Debian: apt-get install python3-venv"
-    # torch.compile on CPU, which vLLM calls even in eager mode (for log-probs), builds C++ with Python's headers.
-    if [[ $device == cpu ]] && ! { command -v "${CXX:-g++}" && "$python" -c '
-import pathlib, sys, sysconfig
-sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())'; } >/dev/null; then
-        echo "setup_env: no g++ or no Python.h (Debian: g++ python3-dev): set TORCHDYNAMO_DISABLE=1 to do without" >&2
-    fi
 }
 
 # stage NAME COMMAND...: one line with its time; the output is kept in the log and shown when it fails.

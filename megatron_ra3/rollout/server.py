@@ -231,6 +231,8 @@ def _environment(config: ServerConfig) -> dict[str, str]:
     if _on_cpu():
         own["OMP_NUM_THREADS"] = str(config.cpu_threads)
         own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Even in eager mode vLLM compiles its log-prob function, which takes a C++ compiler and seconds.
+        own["TORCHDYNAMO_DISABLE"] = "1"
         if config.tensor_parallel_size == 1:
             # The worker then lives in the engine's process: one Python start and one set of imports less.
             own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
