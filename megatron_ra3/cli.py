@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ def _midtrain(arguments: argparse.Namespace) -> int:
         midtrain(config)
     except StopRequestedError as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end the other ranks when the first one leaves
-        print(stop, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, flush=True)
         return STOPPED
     return 0
 
