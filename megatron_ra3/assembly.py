@@ -133,8 +133,7 @@ def _initial_folder(
                 _draw_weights(folder, origin, config.tokenizer_folder)
         except (ValueError, OSError) as error:
             failure = error
-    layout.barrier("initial weights")
-    failure = layout.gather_from_leaders(failure)[0]
+    failure = layout.gather_from_ranks(failure)[0]
     if failure is not None:
         raise failure
     return folder

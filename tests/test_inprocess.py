@@ -18,6 +18,7 @@ from megatron_ra3.rollout.engine import GateQuery, GenerateQuery, StopRule
 from megatron_ra3.rollout.inprocess import InProcessEngine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from tests.distributed import run_ranks
+from tests.table_tokenizer import TableTokenizer
 from tests.tiny_model import initialize, qwen2, random_folder
 
 # A vocabulary that two ranks cannot divide: the padded row must never be drawn.
@@ -34,22 +35,8 @@ PROMPTS = [GenerateQuery((0, *range(7, 7 + i % 6), 1, 2), seed=1000 + i) for i i
 SNIPPET = Snippet("s", (0, 7), ((8, 9), (10,), (11, 12, 7), (8,), (9, 9)), (None,) * 5)
 
 
-class TinyTokenizer:
-    vocab_size = len(TOKENS)
-    eos_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [TOKENS.index(text)]
-
-    def id_of(self, token: str) -> int:
-        return TOKENS.index(token)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return TOKENS[token_id].encode()
-
-
-NEWLINE = LatentFormat.build("newline", TinyTokenizer())
-SPECIAL = LatentFormat.build("special", TinyTokenizer())
+NEWLINE = LatentFormat.build("newline", TableTokenizer(TOKENS))
+SPECIAL = LatentFormat.build("special", TableTokenizer(TOKENS))
 
 
 def load_trainer(folder: Path, tp: int, pp: int) -> Trainer:

@@ -16,6 +16,7 @@ from megatron_ra3.latents import Kind, LatentFormat, Snippet, Surface, Trajector
 from megatron_ra3.rollout import sampler as sampler_module
 from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, Generation, StopRule
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
+from tests.table_tokenizer import TableTokenizer
 
 EOS, NEWLINE, HASH, WORD, BLANK_LINE, ACT, THINK, END, X, Y = range(10)
 TOKENS = ("<eos>", "\n", "#", "a", "\n\n", "<act>", "<think>", "</think>", "x", "y")
@@ -30,22 +31,8 @@ COUNTED_CASES = [(*case, window) for case in (("newline", 0.0), ("special", 0.3)
 Path = tuple[tuple[int, ...] | None, ...]  # per line: no rationale, or its sampled tokens
 
 
-class TinyTokenizer:
-    vocab_size = len(TOKENS)
-    eos_id = EOS
-
-    def encode(self, text: str) -> list[int]:
-        return [TOKENS.index(text)]
-
-    def id_of(self, token: str) -> int:
-        return TOKENS.index(token)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return TOKENS[token_id].encode()
-
-
 FORMATS: dict[str, LatentFormat] = {
-    surface: LatentFormat.build(surface, TinyTokenizer()) for surface in ("newline", "special")
+    surface: LatentFormat.build(surface, TableTokenizer(TOKENS, EOS)) for surface in ("newline", "special")
 }
 
 
