@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="for instance estep.penalty=0.05")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="for instance objective.penalty=0.05")
         command.set_defaults(run=run)
 
     exporting = commands.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")

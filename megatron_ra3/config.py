@@ -18,6 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_ra3.presets import ObjectiveConfig, with_preset
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
@@ -100,26 +102,11 @@ class NextTokenConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EStepConfig:
-    """Policy gradient on latents (method.md 3, 4)."""
+    """How much policy gradient on latents, and how they are sampled (method.md 3, 4); `objective` says towards what."""
 
     steps: int = 20
     snippets_per_step: int = 8
     rollouts_per_snippet: int = 8
-    penalty: float = 0.05
-    """c: nats taken from the line reward for each rationale."""
-    horizon: int = 8
-    """H: lines over which a return adds rewards."""
-    discount: float = 1.0
-    """gamma of the return."""
-    line_reward: Literal["mean", "sum"] = "mean"
-    """Token mean or sum of a line's log-prob (nats)."""
-    format_penalty: float = 1.0
-    """Nats taken for a rationale that is empty, unclosed or over the cap."""
-    gate_exploration: float = 0.0
-    """epsilon: the gate is drawn from (1-epsilon) q + epsilon/2. With per-decision weights the gradient is that of the
-    exploring policy's return; switch it off to optimise the policy's own."""
-    max_importance_weight: float = 2.0
-    """Truncation of the trainer/engine importance weight."""
     learning_rate: float = 1e-4
     window: int = 0
     """Lines scored ahead per gate request; 1: line by line; 0: from the running think rate."""
@@ -209,6 +196,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warmup: NextTokenConfig = field(default_factory=NextTokenConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     estep: EStepConfig = field(default_factory=EStepConfig)
     mstep: NextTokenConfig = field(default_factory=lambda: NextTokenConfig(steps=50))
     em: EmConfig = field(default_factory=EmConfig)
@@ -304,7 +292,8 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{dotted}: is a section with keys of its own, got {value!r}")
-            arguments[key] = _build(hint, value, f"{dotted}.")  # type: ignore[arg-type]
+            settings = with_preset(value) if hint is ObjectiveConfig else value
+            arguments[key] = _build(hint, settings, f"{dotted}.")  # type: ignore[arg-type]
         else:
             arguments[key] = _convert(dotted, hint, value)
     return cls(**arguments)
@@ -388,8 +377,8 @@ _POSITIVE = (
     "warmup.snippets_per_step",
     "mstep.snippets_per_step",
     "estep.snippets_per_step",
-    "estep.horizon",
-    "estep.max_importance_weight",
+    "objective.horizon",
+    "objective.max_importance_weight",
     "engine.max_in_flight",
     "engine.request_timeout_s",
     "engine.start_timeout_s",
@@ -414,8 +403,12 @@ _NOT_NEGATIVE = (
     "mstep.latent_weight",
     "warmup.max_tokens",
     "mstep.max_tokens",
-    "estep.penalty",
-    "estep.format_penalty",
+    "objective.penalty",
+    "objective.reference_kl",
+    "objective.ppo_clip",
+    "objective.gate_entropy_floor",
+    "objective.gate_entropy_weight",
+    "objective.format_penalty",
     "estep.window",
     "em.rounds",
     "evaluate.samples_shown",
@@ -424,8 +417,8 @@ _NOT_NEGATIVE = (
     "engine.port",
 )
 _FRACTIONS = (
-    "estep.gate_exploration",
-    "estep.discount",
+    "objective.gate_exploration",
+    "objective.discount",
     "warmup.lr_warmup_fraction",
     "mstep.lr_warmup_fraction",
     "warmup.lr_final_fraction",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from megatron_ra3 import objective
 from megatron_ra3.batching import LatentBatch, LatentScores, pack
-from megatron_ra3.config import EStepConfig
 from megatron_ra3.latents import LatentFormat, Trajectory
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.trainer import Trainer
+from megatron_ra3.presets import ObjectiveConfig
 from megatron_ra3.report.metrics import global_means
 
 
@@ -22,13 +22,15 @@ class EStep:
 
     def __init__(
         self,
-        config: EStepConfig,
+        settings: ObjectiveConfig,
+        learning_rate: float,
         trainer: Trainer,
         layout: ParallelLayout,
         latent_format: LatentFormat,
         micro_batch_tokens: int,
     ) -> None:
-        self.config = config
+        self.settings = settings
+        self.learning_rate = learning_rate
         self.trainer = trainer
         self.layout = layout
         self.format = latent_format
@@ -52,7 +54,7 @@ class EStep:
         logprobs = self.trainer.score([batch.micro_batch for batch in scored])
         scores = [batch.read(values.cpu()) for batch, values in zip(scored, logprobs, strict=True)]
         rewards = [self._rewards(batch, score) for batch, score in zip(scored, scores, strict=True)]
-        advantages = rollouts.advantages(_per_item(rewards, packing, rollouts.items), self.config)
+        advantages = rollouts.advantages(_per_item(rewards, packing, rollouts.items), self.settings)
         result = {"loss": 0.0, "grad_norm": 0.0}
         if self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages)):
             result = self._policy_gradient(rollouts, packing, advantages)
@@ -70,15 +72,15 @@ class EStep:
             batch.line_tokens,
             batch.thought,
             batch.well_formed,
-            penalty=self.config.penalty,
-            format_penalty=self.config.format_penalty,
-            line_reward=self.config.line_reward,
+            penalty=self.settings.penalty,
+            format_penalty=self.settings.format_penalty,
+            line_reward=self.settings.line_reward,
         )
 
     def _sampling_law(self, batch: LatentBatch, policy: Tensor) -> Tensor:
         """What the engine's log-probs of the decisions should be, were it the trainer."""
         gates = int(batch.gate_sampled.sum())
-        return torch.cat([objective.explored(policy[:gates], self.config.gate_exploration), policy[gates:]])
+        return torch.cat([objective.explored(policy[:gates], self.settings.gate_exploration), policy[gates:]])
 
     def _policy_gradient(
         self, rollouts: _Rollouts, packing: Sequence[Sequence[int]], advantages: Sequence[Tensor]
@@ -93,13 +95,13 @@ class EStep:
             batch = batches[index]
             policy, behaviour, line = _decisions(batch, batch.read(logprobs))
             weights = objective.importance_weights(
-                policy, behaviour.to(policy.device), maximum=self.config.max_importance_weight
+                policy, behaviour.to(policy.device), maximum=self.settings.max_importance_weight
             )
             return objective.policy_gradient_loss(
                 policy, weights, line_credit[index][line].to(policy.device), global_count=global_count
             )
 
-        return self.trainer.step([batch.micro_batch for batch in batches], loss, lr=self.config.learning_rate)
+        return self.trainer.step([batch.micro_batch for batch in batches], loss, lr=self.learning_rate)
 
     def _metrics(
         self,
@@ -114,7 +116,7 @@ class EStep:
         expected = _joined([self._sampling_law(batch, item[0]) for batch, item in zip(batches, decisions, strict=True)])
         behaviour = _joined([item[1] for item in decisions])
         drawn = _joined([count[item[2]] for count, item in zip(line_counts, decisions, strict=True)])
-        weights = objective.importance_weights(policy, behaviour, maximum=self.config.max_importance_weight)
+        weights = objective.importance_weights(policy, behaviour, maximum=self.settings.max_importance_weight)
         reward, count = _joined(rewards), _joined(line_counts)
         nats = -_joined([score.line for score in scores if score.line is not None])
         thought = _joined([batch.thought for batch in batches])
@@ -166,12 +168,12 @@ class _Rollouts:
             rollouts.groups.append(members)
         return rollouts
 
-    def advantages(self, rewards: Sequence[Tensor], config: EStepConfig) -> list[Tensor]:
+    def advantages(self, rewards: Sequence[Tensor], settings: ObjectiveConfig) -> list[Tensor]:
         """Per item [T] the leave-one-out advantage of each line, from its rewards [T]."""
         advantages = [torch.zeros_like(item) for item in rewards]
         for members in self.groups:
             stacked = torch.stack([rewards[index] for index in members])
-            returns = objective.truncated_returns(stacked, horizon=config.horizon, discount=config.discount)
+            returns = objective.truncated_returns(stacked, horizon=settings.horizon, discount=settings.discount)
             for index, advantage in zip(members, objective.leave_one_out(returns), strict=True):
                 advantages[index] = advantage
         return advantages

@@ -63,7 +63,7 @@ class Run:
         self._heldout_start = self.heldout.state_dict()
         self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{layout.dp_rank:05d}.jsonl")
         tokens = config.parallel.micro_batch_tokens
-        self.estep = EStep(config.estep, assembly.trainer, layout, self.format, tokens)
+        self.estep = EStep(config.objective, config.estep.learning_rate, assembly.trainer, layout, self.format, tokens)
         self.next_token = NextToken(assembly.trainer, layout, self.format, tokens)
         self.samples = SampleLog(self.folder, assembly.tokenizer, writes=layout.rank == 0)
         self.progress = Progress()
@@ -320,7 +320,7 @@ class Run:
                 max_rationale_tokens=self.config.latents.max_rationale_tokens,
                 max_sequence_tokens=self.config.max_sequence_tokens,
                 window=self.config.estep.window or "auto",
-                gate_exploration=self.config.estep.gate_exploration if rollouts_per_snippet > 1 else 0.0,
+                gate_exploration=self.config.objective.gate_exploration if rollouts_per_snippet > 1 else 0.0,
             )
             sampler = Sampler(self._engine.engine, self.format, settings)
             sampler.think_rate = self._think_rates.get(rollouts_per_snippet, sampler.think_rate)

@@ -68,7 +68,7 @@ def make_config(corpus: Path, folder: Path, *overrides: str) -> RunConfig:
             "estep.steps=3",
             "estep.snippets_per_step=2",
             "estep.rollouts_per_snippet=3",
-            "estep.gate_exploration=0.5",
+            "objective.gate_exploration=0.5",
             "estep.learning_rate=1e-3",
             "mstep.steps=2",
             "mstep.snippets_per_step=3",

@@ -156,7 +156,7 @@ def _identity(*overrides: str, model: str = "m", corpus: str = "a", dp_size: int
 
 def test_every_difference_to_the_resuming_run_is_listed(layout):
     saved = _identity("seed=1", "em.rounds=2", dp_size=2, layout=layout)
-    now = _identity("seed=2", "em.rounds=1", "estep.penalty=0.1", model="n", corpus="b", layout=layout)
+    now = _identity("seed=2", "em.rounds=1", "objective.penalty=0.1", model="n", corpus="b", layout=layout)
     with pytest.raises(ValueError, match="another run") as caught:
         check_compatible(Path("c"), saved, now)
     differences = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
@@ -165,7 +165,7 @@ def test_every_difference_to_the_resuming_run_is_listed(layout):
         f"layout: {two} in the checkpoint, {one} now",
         "model: m in the checkpoint, n now",
         "corpus: a in the checkpoint, b now",
-        "estep.penalty: 0.05 in the checkpoint, 0.1 now",
+        "objective.penalty: 0.05 in the checkpoint, 0.1 now",
         "seed: 1 in the checkpoint, 2 now",
         "em.rounds: 2 in the checkpoint, 1 now; a resumed run may only add rounds",
     ]

@@ -119,7 +119,7 @@ def test_a_config_typo_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "megatron_ra3", "midtrain", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "ra3 midtrain: unknown config key 'estep.penalti'; did you mean 'estep.penalty'?\n"
+    assert done.stderr == "ra3 midtrain: unknown config key 'objective.penalti'; did you mean 'objective.penalty'?\n"
 
 
 def test_wandb_gets_the_metrics_offline(small_corpus, tmp_path, monkeypatch):

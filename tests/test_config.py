@@ -12,16 +12,16 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inpr
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("estep.penalti=1", "unknown config key 'estep.penalti'; did you mean 'estep.penalty'"),
-        ("penalty=1", "did you mean 'estep.penalty'"),
-        ("estep.penalty=-0.1", "estep.penalty=-0.1: must not be negative"),
+        ("objective.penalti=1", "unknown config key 'objective.penalti'; did you mean 'objective.penalty'"),
+        ("penalty=1", "did you mean 'objective.penalty'"),
+        ("objective.penalty=-0.1", "objective.penalty=-0.1: must not be negative"),
         ("latents.max_rationale_tokens=0", "latents.max_rationale_tokens=0: must be positive"),
         ("engine.top_p=0.9", "set engine.top_p=1.0"),
         ("engine.top_k=50", "set engine.top_k=0"),
         ("engine.repetition_penalty=1.1", "set engine.repetition_penalty=1.0"),
         ("engine.temperature=0.7", "set engine.temperature=1.0"),
         ("estep.rollouts_per_snippet=1", "needs at least 2"),
-        ("estep.discount=1.5", "must lie between 0 and 1"),
+        ("objective.discount=1.5", "must lie between 0 and 1"),
         ("latents.surface=comment", "must be one of"),
         ("latents.comments=keep_as_code", "set latents.surface=special"),
         ("engine.urls=[http://a]", "engine.kind=inprocess uses no server here"),
@@ -34,7 +34,7 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inpr
         ("corpus.max_snippet_tokens=17", "latents.max_rationale_tokens=16: a trajectory has room for 15"),
         ("optimizer.beta1=1", "optimizer.beta1=1.0: must be at least 0 and below 1"),
         ("optimizer.beta2=-0.1", "optimizer.beta2=-0.1: must be at least 0 and below 1"),
-        ("estep.penalty", "write it as key=value"),
+        ("objective.penalty", "write it as key=value"),
         ("engine.urls=[a", r"override 'engine.urls=\[a', line 1, column 3: is not valid YAML: expected ',' or '\]'"),
         ("run_folder=2024-13-01", "override 'run_folder=2024-13-01': is not valid YAML: month must be in 1..12"),
         ("corpus.folder=", "must be of type str"),
@@ -49,11 +49,11 @@ def test_bad_setting_is_refused_with_its_name_and_the_fix(override: str, message
 def test_file_and_overrides_are_merged_and_typed(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "run_folder: r\ncorpus: {folder: c}\nmodel: {folder: m}\nestep: {learning_rate: 1e-4, penalty: 0}\n"
+        "run_folder: r\ncorpus: {folder: c}\nmodel: {folder: m}\nestep: {learning_rate: 1e-4}\nobjective: {penalty: 0}\n"
     )
-    config = load_config(path, ["estep.penalty=0.2", "engine.kind=vllm", "engine.urls=[http://a:1, http://b:2]"])
+    config = load_config(path, ["objective.penalty=0.2", "engine.kind=vllm", "engine.urls=[http://a:1, http://b:2]"])
     assert config.estep.learning_rate == 1e-4
-    assert config.estep.penalty == 0.2
+    assert config.objective.penalty == 0.2
     assert config.engine.urls == ("http://a:1", "http://b:2")
     assert config.mstep.steps == 50
 
@@ -97,4 +97,4 @@ def test_missing_file_is_named():
 def test_every_key_is_reachable_and_unique():
     keys = list(known_keys(RunConfig))
     assert len(keys) == len(set(keys))
-    assert {"estep.penalty", "mstep.learning_rate", "engine.request_timeout_s", "run_folder"} <= set(keys)
+    assert {"objective.penalty", "mstep.learning_rate", "engine.request_timeout_s", "run_folder"} <= set(keys)

@@ -13,7 +13,12 @@ from megatron_ra3.config import to_dict
 from tests.small import make_config
 
 pytestmark = pytest.mark.vllm
-SETTINGS = ("engine.kind=vllm", "parallel.tensor=2", "engine.cpu_kv_cache_bytes=67108864", "estep.gate_exploration=0")
+SETTINGS = (
+    "engine.kind=vllm",
+    "parallel.tensor=2",
+    "engine.cpu_kv_cache_bytes=67108864",
+    "objective.gate_exploration=0",
+)
 
 
 def _midtrain(folder: Path, corpus: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from megatron_ra3.batching import LatentBatch
-from megatron_ra3.config import EStepConfig
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
 from megatron_ra3.model import names, parallel
+from megatron_ra3.presets import ObjectiveConfig
 from tests.tiny_model import VOCABULARY, initialize, open_trainer, qwen2, random_folder
 
 FORMAT = LatentFormat("newline", (0,), (1,), (), (2,), (2,), (1,), frozenset({1}), frozenset({0, 1}), frozenset({1}))
-CONFIG = EStepConfig(penalty=0.3, horizon=2, discount=0.5, format_penalty=2.0, max_importance_weight=1.5)
+CONFIG = ObjectiveConfig(penalty=0.3, horizon=2, discount=0.5, format_penalty=2.0, max_importance_weight=1.5)
 
 
 @pytest.fixture
 def estep(tmp_path):
     layout = initialize(1, 1)
     trainer = open_trainer(random_folder(tmp_path / "model", qwen2()), qwen2(), layout)
-    yield EStep(CONFIG, trainer, layout, FORMAT, micro_batch_tokens=120)
+    yield EStep(CONFIG, 1e-4, trainer, layout, FORMAT, micro_batch_tokens=120)
     parallel.destroy()
 
 

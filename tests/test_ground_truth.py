@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_ra3 import objective
-from megatron_ra3.config import EStepConfig
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
+from megatron_ra3.presets import ObjectiveConfig
 from tests import tabular
 from tests.tabular import Model, Paths, Policy
 
@@ -476,8 +476,8 @@ def test_the_whole_estep_has_the_exact_gradient_over_every_pair_of_rollouts(expl
     items = [trajectory(model, paths[torch.tensor(i)], (gates[i], contents[i])) for i in range(len(probability))]
     trainer = TabularTrainer(model, policy)
     layout = SimpleNamespace(device=torch.device("cpu"), sum_over_dp=lambda x: x, sum_number_over_dp=float)
-    config = EStepConfig(penalty=model.penalty, horizon=horizon, gate_exploration=exploration)
-    estep = EStep(config, trainer, layout, FORMAT, micro_batch_tokens=20)
+    config = ObjectiveConfig(penalty=model.penalty, horizon=horizon, gate_exploration=exploration)
+    estep = EStep(config, 1e-4, trainer, layout, FORMAT, micro_batch_tokens=20)
     expected = torch.zeros_like(trainer.found)
     for a, b in itertools.combinations(range(len(items)), 2):
         metrics = estep.update([[items[a], items[b]]])

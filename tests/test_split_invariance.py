@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ra3.config import EStepConfig
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import build_model
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 from megatron_ra3.mstep import NextToken
+from megatron_ra3.presets import ObjectiveConfig
 from tests.distributed import run_ranks
 from tests.small import MODEL
 
@@ -52,7 +52,7 @@ def _train(tp: int, pp: int, folder: str, micro_batch_tokens: int, objective: st
     model = build_model({**MODEL, "vocab_size": VOCABULARY}, layout, dtype=torch.float32)
     names.import_hf(model, folder)
     trainer = Trainer(model, build_optimizer(model, lr=0.0), layout)
-    estep = EStep(EStepConfig(rollouts_per_snippet=ROLLOUTS), trainer, layout, FORMAT, micro_batch_tokens)
+    estep = EStep(ObjectiveConfig(), 1e-4, trainer, layout, FORMAT, micro_batch_tokens)
     next_token = NextToken(trainer, layout, FORMAT, micro_batch_tokens)
     curve: list[list[float]] = []
     for step in range(STEPS):
