@@ -147,6 +147,33 @@ class LatentBatch:
         return LatentScores(gate=gate, rationale=rationale, line=line)
 
 
+class FinalLineBatch:
+    """A micro-batch in which only each trajectory's last line is scored, whatever precedes it."""
+
+    def __init__(self, trajectories: Sequence[Trajectory], latent_format: LatentFormat) -> None:
+        tokens = pad(trajectories)
+        lines: list[tuple[int, int]] = []
+        openings: list[tuple[int, int]] = []
+        owner: list[int] = []
+        for row, item in enumerate(trajectories):
+            final = item.line_tokens(item.num_lines - 1)
+            first = row * tokens.shape[1] + len(item.token_ids) - len(final) - 1
+            lines.extend((first + ahead, token) for ahead, token in enumerate(final))
+            owner.extend([row] * len(final))
+            if latent_format.conditions_line:
+                openings.append((first, latent_format.gate_ids[0]))
+        self.micro_batch = _micro_batch(tokens, lines + openings)
+        self._owner = torch.tensor(owner)
+        self._count = len(trajectories)
+
+    def read(self, logprobs: Tensor) -> Tensor:
+        """Summed log-prob [b] of the last lines, nats, from the scored pairs [K]."""
+        tokens, openings = logprobs[: len(self._owner)], logprobs[len(self._owner) :]
+        line = torch.zeros(self._count, dtype=logprobs.dtype, device=logprobs.device)
+        line = line.index_add(0, self._owner.to(logprobs.device), tokens)
+        return line - log1mexp(openings) if len(openings) else line
+
+
 class TokenBatch:
     """A micro-batch for next-token training on annotated snippets: every token after the prompt is a target.
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,29 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SignatureConfig:
+    """When a run's metrics look like a known failure (method.md 7); means must lie beyond by two standard errors."""
+
+    window: int = 20
+    """E-step steps that a verdict looks back on; fewer where `estep.steps` is less."""
+    max_think_rate: float = 0.8
+    min_think_rate: float = 0.01
+    max_thinking_loss_nats: float = 0.001
+    """How far below 0 the mean advantage of lines with a rationale may lie."""
+    max_malformed_rate: float = 0.2
+    max_cap_fraction: float = 0.9
+    """Mean rationale tokens over `latents.max_rationale_tokens`, where most rationales are malformed."""
+    max_forced_act_rate: float = 0.1
+    max_mismatch_nats: float = 0.1
+    """Mean absolute difference of trainer and engine log-probs per decision."""
+    min_effective_samples: float = 0.5
+    min_mstep_fall: float = 0.01
+    """Least relative fall of the cross-entropy over an M-step."""
+    max_heldout_rise: float = 0.01
+    """Relative rise of held-out nats from round to round beside a rising reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything of one run. Section docstrings state units and sources."""
 
@@ -202,6 +226,7 @@ class RunConfig:
     em: EmConfig = field(default_factory=EmConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    signatures: SignatureConfig = field(default_factory=SignatureConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -216,8 +241,8 @@ class RunConfig:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Room of a trajectory: a whole snippet plus as many tokens again for its rationales."""
-        return 2 * self.corpus.max_snippet_tokens
+        """Room of a trajectory: a whole snippet, as many tokens again for rationales, and for gates inside lines."""
+        return (3 if self.objective.granularity == "token" else 2) * self.corpus.max_snippet_tokens
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -350,6 +375,7 @@ def validate(config: RunConfig) -> None:
             "latents.surface=newline with latents.comments=keep_as_code: a comment kept as code looks like a "
             "rationale; set latents.surface=special, or latents.comments=observe or strip"
         )
+    _check_objective(config)
     longest = config.corpus.max_snippet_tokens - 2
     if latents.max_rationale_tokens > longest:
         raise ValueError(
@@ -378,7 +404,7 @@ _POSITIVE = (
     "mstep.snippets_per_step",
     "estep.snippets_per_step",
     "objective.horizon",
-    "objective.max_importance_weight",
+    "estep.rollouts_per_snippet",
     "engine.max_in_flight",
     "engine.request_timeout_s",
     "engine.start_timeout_s",
@@ -386,6 +412,7 @@ _POSITIVE = (
     "engine.tensor_parallel",
     "engine.cpu_kv_cache_bytes",
     "evaluate.snippets",
+    "signatures.window",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "optimizer.eps",
@@ -405,13 +432,15 @@ _NOT_NEGATIVE = (
     "mstep.max_tokens",
     "objective.penalty",
     "objective.reference_kl",
-    "objective.ppo_clip",
-    "objective.gate_entropy_floor",
     "objective.gate_entropy_weight",
     "objective.format_penalty",
     "estep.window",
     "em.rounds",
     "evaluate.samples_shown",
+    "signatures.max_thinking_loss_nats",
+    "signatures.max_mismatch_nats",
+    "signatures.min_mstep_fall",
+    "signatures.max_heldout_rise",
     "optimizer.weight_decay",
     "checkpoint.stop_after_steps",
     "engine.port",
@@ -423,8 +452,44 @@ _FRACTIONS = (
     "mstep.lr_warmup_fraction",
     "warmup.lr_final_fraction",
     "mstep.lr_final_fraction",
+    "signatures.max_think_rate",
+    "signatures.min_think_rate",
+    "signatures.max_malformed_rate",
+    "signatures.max_cap_fraction",
+    "signatures.max_forced_act_rate",
+    "signatures.min_effective_samples",
     "engine.memory_fraction",
 )
+
+
+def _check_objective(config: RunConfig) -> None:
+    aim, rollouts = config.objective, config.estep.rollouts_per_snippet
+    if aim.granularity == "token" and config.latents.surface == "newline":
+        raise ValueError(
+            "objective.granularity=token with latents.surface=newline: a newline cannot open a latent inside a line; "
+            "set latents.surface=special"
+        )
+    if aim.baseline != "counterfactual" and rollouts < 2:
+        raise ValueError(
+            f"estep.rollouts_per_snippet={rollouts}: the leave-one-out baseline needs at least 2; raise it, or set "
+            "objective.baseline=counterfactual"
+        )
+    if not 0.0 < aim.stickiness < 1.0:
+        raise ValueError(f"objective.stickiness={aim.stickiness}: must lie above 0 and below 1")
+    if aim.max_importance_weight < 1.0:
+        raise ValueError(f"objective.max_importance_weight={aim.max_importance_weight}: must be at least 1")
+    if not 0.0 <= aim.ppo_clip < 1.0:
+        raise ValueError(f"objective.ppo_clip={aim.ppo_clip}: must be at least 0 and below 1")
+    if not 0.0 <= aim.gate_entropy_floor < math.log(2):
+        raise ValueError(
+            f"objective.gate_entropy_floor={aim.gate_entropy_floor}: must be at least 0 and below log 2 = 0.693 nats, "
+            "the most a gate can have"
+        )
+    if aim.gate != "sampled" and (aim.gate_exploration or aim.gate_entropy_floor):
+        raise ValueError(
+            f"objective.gate={aim.gate}: there is no gate to explore; set objective.gate_exploration=0 and "
+            "objective.gate_entropy_floor=0"
+        )
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -440,11 +505,6 @@ def _check_ranges(config: RunConfig) -> None:
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0.0 <= _get(config, key) < 1.0:
             raise ValueError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
-    if config.estep.rollouts_per_snippet < 2:
-        raise ValueError(
-            f"estep.rollouts_per_snippet={config.estep.rollouts_per_snippet}: the leave-one-out baseline needs at "
-            "least 2"
-        )
     for key in ("run_folder", "corpus.folder", "model.folder"):
         if not _get(config, key):
             raise ValueError(f"{key} is empty: set it in the config file or as {key}=PATH")

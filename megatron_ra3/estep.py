@@ -9,16 +9,28 @@ import torch
 from torch import Tensor
 
 from megatron_ra3 import objective
-from megatron_ra3.batching import LatentBatch, LatentScores, pack
+from megatron_ra3.batching import FinalLineBatch, LatentBatch, LatentScores, pack
+from megatron_ra3.credit import Counterfactuals, Rollouts, per_item
 from megatron_ra3.latents import LatentFormat, Trajectory
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.model.reference import Reference
 from megatron_ra3.model.trainer import Trainer
 from megatron_ra3.presets import ObjectiveConfig
 from megatron_ra3.report.metrics import global_means
 
 
 class EStep:
-    """One policy-gradient update per call of `update`."""
+    """One policy-gradient update per call of `update`.
+
+    Args:
+        settings: the objective.
+        learning_rate: of the update.
+        trainer: scores and steps.
+        layout: ranks of the trainer.
+        latent_format: surface form of the latents.
+        micro_batch_tokens: padded tokens per forward pass at most.
+        reference: q_ref, where the objective needs it.
+    """
 
     def __init__(
         self,
@@ -28,19 +40,22 @@ class EStep:
         layout: ParallelLayout,
         latent_format: LatentFormat,
         micro_batch_tokens: int,
+        reference: Reference | None = None,
     ) -> None:
+        assert reference is not None or not settings.needs_reference
         self.settings = settings
         self.learning_rate = learning_rate
         self.trainer = trainer
         self.layout = layout
         self.format = latent_format
         self.micro_batch_tokens = micro_batch_tokens
+        self.reference = reference
 
     def update(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         """Score the rollouts, form advantages and take one optimizer step.
 
         Where no group holds two different rollouts there is nothing to learn and no step is taken: Adam would blow
-        rounding noise up to a full-sized update.
+        rounding noise up to a full-sized update. A term on the gate's own law always has something to learn.
 
         Args:
             groups: this replica's snippets, each with its G rollouts.
@@ -48,148 +63,231 @@ class EStep:
         Returns:
             Metrics over all replicas; rewards and log-probs in nats.
         """
-        rollouts = _Rollouts.of(groups)
-        packing = pack([len(item.token_ids) for item in rollouts.items], self.micro_batch_tokens)
-        scored = [self._batch(rollouts, indices, with_lines=True) for indices in packing]
-        logprobs = self.trainer.score([batch.micro_batch for batch in scored])
-        scores = [batch.read(values.cpu()) for batch, values in zip(scored, logprobs, strict=True)]
-        rewards = [self._rewards(batch, score) for batch, score in zip(scored, scores, strict=True)]
-        advantages = rollouts.advantages(_per_item(rewards, packing, rollouts.items), self.settings)
+        rollouts = Rollouts.of(groups)
+        packing = self._pack(rollouts.items)
+        scored = self._score(rollouts.items, packing)
+        rewards = per_item([item.rewards for item in scored], packing, rollouts.items)
+        without = None
+        if self.settings.baseline != "group":
+            without = self._without_rationale(rollouts.items, scored, packing)
+        advantages = rollouts.advantages(rewards, without, self.settings)
         result = {"loss": 0.0, "grad_norm": 0.0}
-        if self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages)):
-            result = self._policy_gradient(rollouts, packing, advantages)
-        line_counts = [rollouts.per_line(rollouts.counts, indices) for indices in packing]
-        line_advantage = _joined([torch.cat([advantages[index] for index in indices]) for indices in packing])
-        return result | self._metrics(scored, scores, rewards, line_counts, line_advantage)
-
-    def _batch(self, rollouts: _Rollouts, indices: Sequence[int], *, with_lines: bool) -> LatentBatch:
-        return LatentBatch([rollouts.items[index] for index in indices], self.format, with_lines=with_lines)
-
-    def _rewards(self, batch: LatentBatch, scores: LatentScores) -> Tensor:
-        assert scores.line is not None
-        return objective.line_rewards(
-            scores.line,
-            batch.line_tokens,
-            batch.thought,
-            batch.well_formed,
-            penalty=self.settings.penalty,
-            format_penalty=self.settings.format_penalty,
-            line_reward=self.settings.line_reward,
+        decisions, gates = (int(self.layout.sum_number_over_dp(count)) for count in rollouts.sampled())
+        differing = self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages))
+        if differing or (gates and self._regularises_gates):
+            result = self._policy_gradient(rollouts, packing, advantages, decisions, gates)
+        lines = _PerLine(
+            counts=[rollouts.per_line(rollouts.counts, indices) for indices in packing],
+            advantage=_joined([advantages[index] for indices in packing for index in indices]),
+            without=None if without is None else _joined([without[index] for indices in packing for index in indices]),
         )
+        return result | self._metrics(scored, lines)
+
+    def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Held-out objective, without training; nats, means over lines of all replicas.
+
+        `objective` is the mean reward. `elbo` is the mean of log pi(a_t | s_t, z_t) - KL_Bern(rho_t || 1 - alpha'), a
+        line's log-prob summed: the sequential bound with the model itself as the law of a new rationale (method.md 2).
+        """
+        packing = self._pack(trajectories)
+        scored = self._score(trajectories, packing)
+        count = float(sum(item.num_lines for item in trajectories))
+        lines = [item.scores.line for item in scored if item.scores.line is not None]
+        bound = _joined(lines) - _joined([self._gate_kl(item.batch, item.scores) for item in scored])
+        rewards = _joined([item.rewards for item in scored])
+        sums = {"objective": (float(rewards.sum()), count), "elbo": (float(bound.sum()), count)}
+        return global_means(self.layout, sums)
+
+    @property
+    def _regularises_gates(self) -> bool:
+        return self.settings.latent_cost == "sticky_kl" or self.settings.gate_entropy_floor > 0.0
+
+    def _pack(self, items: Sequence[Trajectory]) -> list[list[int]]:
+        return pack([len(item.token_ids) for item in items], self.micro_batch_tokens)
+
+    def _score(self, items: Sequence[Trajectory], packing: Sequence[Sequence[int]]) -> list[_Scored]:
+        """Score latents and lines, and reward the lines."""
+        batches = [self._batch(items, indices, with_lines=True) for indices in packing]
+        logprobs = self.trainer.score([batch.micro_batch for batch in batches])
+        scores = [batch.read(values.cpu()) for batch, values in zip(batches, logprobs, strict=True)]
+        gaps: list[Tensor | None] = [None] * len(batches)
+        if self.settings.needs_reference:
+            gaps = list(self._reference_gaps(items, packing, scores))
+        return [
+            _Scored(batch, score, self._rewards(batch, score, gap), gap)
+            for batch, score, gap in zip(batches, scores, gaps, strict=True)
+        ]
+
+    def _batch(self, items: Sequence[Trajectory], indices: Sequence[int], *, with_lines: bool) -> LatentBatch:
+        return LatentBatch([items[index] for index in indices], self.format, with_lines=with_lines)
+
+    def _rewards(self, batch: LatentBatch, scores: LatentScores, reference_gap: Tensor | None) -> Tensor:
+        assert scores.line is not None
+        lines = objective.Lines(
+            logprob=scores.line,
+            tokens=batch.line_tokens,
+            thought=batch.thought,
+            well_formed=batch.well_formed,
+            gate_kl=self._gate_kl(batch, scores) if self.settings.latent_cost == "sticky_kl" else None,
+            reference_gap=reference_gap,
+        )
+        return objective.line_rewards(lines, self.settings)
+
+    def _gate_kl(self, batch: LatentBatch, scores: LatentScores) -> Tensor:
+        """KL_Bern of each line's gate to the sticky prior [T]; 0 where it was not sampled."""
+        kl = objective.GateLaw.of(scores.gate, batch.thought).kl(self.settings.stickiness)
+        return torch.where(batch.gate_sampled, kl, torch.zeros_like(kl))
+
+    def _reference_gaps(
+        self, items: Sequence[Trajectory], packing: Sequence[Sequence[int]], scores: Sequence[LatentScores]
+    ) -> list[Tensor]:
+        """Per line [T] the sum of log q - log q_ref over its rationale's tokens."""
+        assert self.reference is not None
+        batches = [self._batch(items, indices, with_lines=False) for indices in packing]
+        logprobs = self.reference.score([batch.micro_batch for batch in batches])
+        gaps = []
+        for batch, score, values in zip(batches, scores, logprobs, strict=True):
+            gap = score.rationale - batch.read(values.cpu()).rationale
+            gaps.append(torch.zeros_like(score.gate).index_add(0, batch.line_of_rationale, gap))
+        return gaps
+
+    def _without_rationale(
+        self, items: Sequence[Trajectory], scored: Sequence[_Scored], packing: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Per item [T] the value of each line had its own latent been `<act>`."""
+        own = per_item([self._values(item) for item in scored], packing, items)
+        tokens = torch.cat(per_item([item.batch.line_tokens for item in scored], packing, items))
+        found = Counterfactuals.of(items, self.format)
+        variants = self._pack(found.variants)
+        batches = [FinalLineBatch([found.variants[index] for index in indices], self.format) for indices in variants]
+        logprobs = self.trainer.score([batch.micro_batch for batch in batches])
+        line = torch.zeros(len(found.variants))
+        for indices, batch, values in zip(variants, batches, logprobs, strict=True):
+            line[torch.tensor(indices)] = batch.read(values.cpu())
+        joined, owner = torch.cat(own), torch.tensor(found.owners)
+        thought = owner >= 0
+        joined[thought] = objective.line_values(line[owner[thought]], tokens[thought], self.settings)
+        return list(joined.split([item.num_lines for item in items]))
+
+    def _values(self, scored: _Scored) -> Tensor:
+        assert scored.scores.line is not None
+        return objective.line_values(scored.scores.line, scored.batch.line_tokens, self.settings)
+
+    def _policy_gradient(
+        self,
+        rollouts: Rollouts,
+        packing: Sequence[Sequence[int]],
+        advantages: Sequence[Tensor],
+        decisions: int,
+        gates: int,
+    ) -> dict[str, float]:
+        batches = [self._batch(rollouts.items, indices, with_lines=False) for indices in packing]
+        credit = [count * advantage for count, advantage in zip(rollouts.counts, advantages, strict=True)]
+        line_credit = [torch.cat([credit[index] for index in indices]) for indices in packing]
+        line_counts = [rollouts.per_line(rollouts.counts, indices).float() for indices in packing]
+
+        def loss(index: int, logprobs: Tensor) -> Tensor:
+            batch = batches[index]
+            scores = batch.read(logprobs)
+            policy, behaviour, line = _decisions(batch, scores)
+            total = objective.policy_gradient_loss(
+                policy,
+                behaviour.to(policy.device),
+                line_credit[index][line].to(policy.device),
+                self.settings,
+                global_count=decisions,
+            )
+            if not self._regularises_gates:
+                return total
+            drawn = batch.gate_sampled.nonzero().squeeze(1)
+            on_device = drawn.to(policy.device)
+            law = objective.GateLaw.of(scores.gate[on_device], batch.thought[drawn].to(policy.device))
+            return total + objective.gate_regulariser(
+                law,
+                line_counts[index][drawn].to(policy.device),
+                self.settings,
+                global_decisions=decisions,
+                global_gates=gates,
+            )
+
+        return self.trainer.step([batch.micro_batch for batch in batches], loss, lr=self.learning_rate)
+
+    def _metrics(self, scored: Sequence[_Scored], lines: _PerLine) -> dict[str, float]:
+        sums = self._decision_sums(scored, lines) | self._line_sums(scored, lines)
+        means = global_means(self.layout, {name: (float(a), float(b)) for name, (a, b) in sums.items()})
+        square = means.pop("square")
+        return means | {"effective_samples": means["importance_weight"] ** 2 / square if square else 1.0}
+
+    def _decision_sums(self, scored: Sequence[_Scored], lines: _PerLine) -> dict[str, tuple[Tensor, Tensor]]:
+        """How far trainer and engine agree on what was sampled."""
+        decisions = [_decisions(item.batch, item.scores) for item in scored]
+        policy = _joined([item[0] for item in decisions])
+        law = [self._sampling_law(item.batch, found[0]) for item, found in zip(scored, decisions, strict=True)]
+        behaviour = _joined([item[1] for item in decisions])
+        drawn = _joined([count[item[2]] for count, item in zip(lines.counts, decisions, strict=True)])
+        weights = objective.importance_weights(policy, behaviour, self.settings)
+        draws = drawn.sum()
+        return {
+            "mismatch": ((drawn * (_joined(law) - behaviour).abs()).sum(), draws),
+            "importance_weight": ((drawn * weights).sum(), draws),
+            "square": ((drawn * weights**2).sum(), draws),
+        }
 
     def _sampling_law(self, batch: LatentBatch, policy: Tensor) -> Tensor:
         """What the engine's log-probs of the decisions should be, were it the trainer."""
         gates = int(batch.gate_sampled.sum())
         return torch.cat([objective.explored(policy[:gates], self.settings.gate_exploration), policy[gates:]])
 
-    def _policy_gradient(
-        self, rollouts: _Rollouts, packing: Sequence[Sequence[int]], advantages: Sequence[Tensor]
-    ) -> dict[str, float]:
-        batches = [self._batch(rollouts, indices, with_lines=False) for indices in packing]
-        credit = [count * advantage for count, advantage in zip(rollouts.counts, advantages, strict=True)]
-        line_credit = [torch.cat([credit[index] for index in indices]) for indices in packing]
-        decisions = sum(count * sum(item.sampled) for count, item in zip(rollouts.counts, rollouts.items, strict=True))
-        global_count = int(self.layout.sum_number_over_dp(decisions))
-
-        def loss(index: int, logprobs: Tensor) -> Tensor:
-            batch = batches[index]
-            policy, behaviour, line = _decisions(batch, batch.read(logprobs))
-            weights = objective.importance_weights(
-                policy, behaviour.to(policy.device), maximum=self.settings.max_importance_weight
-            )
-            return objective.policy_gradient_loss(
-                policy, weights, line_credit[index][line].to(policy.device), global_count=global_count
-            )
-
-        return self.trainer.step([batch.micro_batch for batch in batches], loss, lr=self.learning_rate)
-
-    def _metrics(
-        self,
-        batches: Sequence[LatentBatch],
-        scores: Sequence[LatentScores],
-        rewards: Sequence[Tensor],
-        line_counts: Sequence[Tensor],
-        advantage: Tensor,
-    ) -> dict[str, float]:
-        decisions = [_decisions(batch, score) for batch, score in zip(batches, scores, strict=True)]
-        policy = _joined([item[0] for item in decisions])
-        expected = _joined([self._sampling_law(batch, item[0]) for batch, item in zip(batches, decisions, strict=True)])
-        behaviour = _joined([item[1] for item in decisions])
-        drawn = _joined([count[item[2]] for count, item in zip(line_counts, decisions, strict=True)])
-        weights = objective.importance_weights(policy, behaviour, maximum=self.settings.max_importance_weight)
-        reward, count = _joined(rewards), _joined(line_counts)
-        nats = -_joined([score.line for score in scores if score.line is not None])
-        thought = _joined([batch.thought for batch in batches])
-        malformed = 1.0 - _joined([batch.well_formed for batch in batches])
-        rationale_tokens = _joined([batch.rationale_tokens for batch in batches])
-        lines, thinks, draws = count.sum(), (count * thought).sum(), drawn.sum()
+    def _line_sums(self, scored: Sequence[_Scored], lines: _PerLine) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rewards and latents per line, over all rollouts."""
+        reward, count = _joined([item.rewards for item in scored]), _joined(lines.counts)
+        thought = _joined([item.batch.thought for item in scored])
+        nats = -_joined([item.scores.line for item in scored if item.scores.line is not None])
+        malformed = 1.0 - _joined([item.batch.well_formed for item in scored])
+        rationale_tokens = _joined([item.batch.rationale_tokens for item in scored])
+        gated = count * _joined([item.batch.gate_sampled for item in scored])
+        entropy = _joined([objective.GateLaw.of(item.scores.gate, item.batch.thought).entropy() for item in scored])
+        total, thinks = count.sum(), (count * thought).sum()
         sums = {
-            "reward": ((count * reward).sum(), lines),
+            "reward": ((count * reward).sum(), total),
             "reward_think": ((count * thought * reward).sum(), thinks),
-            "reward_act": ((count * (1.0 - thought) * reward).sum(), lines - thinks),
-            "advantage_think": ((count * thought * advantage).sum(), thinks),
-            "nats_per_line": ((count * nats).sum(), lines),
-            "think_rate": (thinks, lines),
+            "reward_act": ((count * (1.0 - thought) * reward).sum(), total - thinks),
+            "advantage_think": ((count * thought * lines.advantage).sum(), thinks),
+            "nats_per_line": ((count * nats).sum(), total),
+            "think_rate": (thinks, total),
             "rationale_tokens": ((count * rationale_tokens).sum(), thinks),
             "malformed_rate": ((count * malformed).sum(), thinks),
-            "mismatch": ((drawn * (expected - behaviour).abs()).sum(), draws),
-            "importance_weight": ((drawn * weights).sum(), draws),
-            "square": ((drawn * weights**2).sum(), draws),
+            "gate_entropy": ((gated * entropy).sum(), gated.sum()),
         }
-        means = global_means(self.layout, {name: (float(a), float(b)) for name, (a, b) in sums.items()})
-        square = means.pop("square")
-        return means | {"effective_samples": means["importance_weight"] ** 2 / square if square else 1.0}
+        if lines.without is not None:
+            gain = _joined([self._values(item) for item in scored]) - lines.without
+            sums["gain_per_think"] = ((count * thought * gain).sum(), thinks)
+        if self.settings.latent_cost == "sticky_kl":
+            kl = _joined([self._gate_kl(item.batch, item.scores) for item in scored])
+            sums["gate_kl"] = ((count * kl).sum(), total)
+        if self.settings.needs_reference:
+            gap = _joined([item.reference_gap for item in scored if item.reference_gap is not None])
+            sums["reference_kl"] = ((count * gap).sum(), thinks)
+        return sums
 
 
 @dataclass(frozen=True, slots=True)
-class _Rollouts:
-    """Rollouts of all groups, each different one once: at low think rates most rollouts of a group are the same.
+class _Scored:
+    """A micro-batch after the reward pass; `rewards` and `reference_gap` are per line [T]."""
 
-    `counts` says how often each of `items` was drawn, `groups` which item each rollout of a group is.
-    """
-
-    items: list[Trajectory]
-    counts: list[int]
-    groups: list[list[int]]
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[Trajectory]]) -> _Rollouts:
-        rollouts = cls([], [], [])
-        for group in groups:
-            index_of: dict[tuple[int, ...], int] = {}
-            members = []
-            for item in group:
-                index = index_of.setdefault(tuple(item.token_ids), len(rollouts.items))
-                if index == len(rollouts.items):
-                    rollouts.items.append(item)
-                    rollouts.counts.append(0)
-                rollouts.counts[index] += 1
-                members.append(index)
-            rollouts.groups.append(members)
-        return rollouts
-
-    def advantages(self, rewards: Sequence[Tensor], settings: ObjectiveConfig) -> list[Tensor]:
-        """Per item [T] the leave-one-out advantage of each line, from its rewards [T]."""
-        advantages = [torch.zeros_like(item) for item in rewards]
-        for members in self.groups:
-            stacked = torch.stack([rewards[index] for index in members])
-            returns = objective.truncated_returns(stacked, horizon=settings.horizon, discount=settings.discount)
-            for index, advantage in zip(members, objective.leave_one_out(returns), strict=True):
-                advantages[index] = advantage
-        return advantages
-
-    def per_line(self, values: Sequence[float], indices: Sequence[int]) -> Tensor:
-        """Repeat one value per item over the lines of the items at `indices`."""
-        lengths = torch.tensor([self.items[index].num_lines for index in indices])
-        return torch.tensor([values[index] for index in indices], dtype=torch.float64).repeat_interleave(lengths)
+    batch: LatentBatch
+    scores: LatentScores
+    rewards: Tensor
+    reference_gap: Tensor | None
 
 
-def _per_item(values: Sequence[Tensor], packing: Sequence[Sequence[int]], items: Sequence[Trajectory]) -> list[Tensor]:
-    """Cut per-line values of micro-batches into those of each item."""
-    found: dict[int, Tensor] = {}
-    for indices, batch in zip(packing, values, strict=True):
-        found.update(zip(indices, batch.split([items[index].num_lines for index in indices]), strict=True))
-    return [found[index] for index in range(len(items))]
+@dataclass(frozen=True, slots=True)
+class _PerLine:
+    """Per line of all micro-batches: how often it was drawn (by micro-batch), its advantage and act value."""
+
+    counts: list[Tensor]
+    advantage: Tensor
+    without: Tensor | None
 
 
 def _decisions(batch: LatentBatch, scores: LatentScores) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,6 +108,30 @@ class Trajectory:
         """Number of latents decided so far, which is the number of finished lines between two steps."""
         return len(self.thought)
 
+    @property
+    def sampled_gates(self) -> int:
+        """Number of gates whose choice was sampled."""
+        return sum(flag for flag, kind in zip(self.sampled, self.kinds, strict=True) if kind == Kind.GATE)
+
+    def before(self, line: int) -> Trajectory:
+        """A copy of what stands before the gate of `line`, an index below `num_lines`."""
+        end = next(
+            position
+            for position, (kind, index) in enumerate(zip(self.kinds, self.line_index, strict=True))
+            if kind == Kind.GATE and index == line
+        )
+        per_token, per_line = self.__slots__[1:-2], self.__slots__[-2:]
+        return Trajectory(
+            self.snippet_id,
+            **{name: getattr(self, name)[:end] for name in per_token},
+            **{name: getattr(self, name)[:line] for name in per_line},
+        )
+
+    def line_tokens(self, line: int) -> list[int]:
+        """Token ids of one line."""
+        segments = zip(self.token_ids, self.kinds, self.line_index, strict=True)
+        return [token for token, kind, index in segments if kind == Kind.LINE and index == line]
+
     def rationale_lengths(self) -> list[int]:
         """Tokens of each line's rationale, closing tokens included; 0 for `<act>`."""
         lengths = [0] * self.num_lines
@@ -198,6 +222,36 @@ class LatentFormat:
                 "use latents.comments=observe or strip, or latents.surface=special"
             )
         return Snippet(snippet_id, self.start + tuple(tokenizer.encode(prompt)), ids, native)
+
+    def merge(self, snippet: Snippet, sizes: Sequence[int]) -> Snippet:
+        """Make one action of every `sizes[i]` lines in a row; the rationale of the first is kept.
+
+        Lines stay tokenised one by one, so the code's tokens are the same at every granularity.
+        """
+        assert sum(sizes) == len(snippet.lines)
+        lines: list[tuple[int, ...]] = []
+        native = []
+        first = 0
+        for size in sizes:
+            merged = snippet.lines[first]
+            for line in snippet.lines[first + 1 : first + size]:
+                merged += self.gate_prefix + line
+            lines.append(merged)
+            native.append(snippet.native[first])
+            first += size
+        return Snippet(snippet.snippet_id, snippet.prompt, tuple(lines), tuple(native))
+
+    def split(self, snippet: Snippet) -> Snippet:
+        """Make one action of every token; a line's rationale stays before its first. Needs the special form."""
+        if self.surface != "special":
+            raise ValueError(
+                "objective.granularity=token: a newline cannot open a latent inside a line; set latents.surface=special"
+            )
+        lines = tuple((token,) for line in snippet.lines for token in line)
+        native: list[tuple[int, ...] | None] = []
+        for line, rationale in zip(snippet.lines, snippet.native, strict=True):
+            native += [rationale, *[None] * (len(line) - 1)]
+        return Snippet(snippet.snippet_id, snippet.prompt, lines, tuple(native))
 
     def begin(self, snippet: Snippet) -> Trajectory:
         """A trajectory holding only the prompt."""

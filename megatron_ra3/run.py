@@ -25,9 +25,11 @@ from megatron_ra3.corpus.tokenized import SnippetTokenizer
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.model import names, parallel, state
+from megatron_ra3.model.reference import Reference
 from megatron_ra3.mstep import NextToken
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
+from megatron_ra3.report.signatures import Detector
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
@@ -58,12 +60,21 @@ class Run:
             config.latents.comments,
             max_tokens=config.corpus.max_snippet_tokens,
             max_rationale_tokens=config.latents.max_rationale_tokens,
+            granularity=config.objective.granularity,
         )
         self.train, self.heldout = self._open_corpus()
         self._heldout_start = self.heldout.state_dict()
         self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{layout.dp_rank:05d}.jsonl")
         tokens = config.parallel.micro_batch_tokens
-        self.estep = EStep(config.objective, config.estep.learning_rate, assembly.trainer, layout, self.format, tokens)
+        self.estep = EStep(
+            config.objective,
+            config.estep.learning_rate,
+            assembly.trainer,
+            layout,
+            self.format,
+            tokens,
+            Reference(assembly.trainer, assembly.initial_folder) if config.objective.needs_reference else None,
+        )
         self.next_token = NextToken(assembly.trainer, layout, self.format, tokens)
         self.samples = SampleLog(self.folder, assembly.tokenizer, writes=layout.rank == 0)
         self.progress = Progress()
@@ -74,6 +85,7 @@ class Run:
             writes=layout.rank == 0,
             wandb_project=config.logging.wandb_project,
             settings=to_dict(config),
+            detector=Detector(config),
         )
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=layout
@@ -174,7 +186,12 @@ class Run:
         export, summary_path = self.folder / "export", self.folder / "summary.json"
         if self.layout.any_rank(self.layout.rank == 0 and not (summary_path.is_file() and export.is_dir())):
             self._export(export)
-        summary = {"steps": self.progress.total_steps, "mstep_tokens": self.progress.mstep_tokens, **self._last}
+        summary = {
+            "steps": self.progress.total_steps,
+            "mstep_tokens": self.progress.mstep_tokens,
+            **self._last,
+            "signatures": self.layout.gather_from_ranks(self.metrics.signatures)[0],
+        }
         if self.layout.rank == 0:
             summary_path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         self.layout.barrier("summary")

@@ -49,7 +49,8 @@ def test_bad_setting_is_refused_with_its_name_and_the_fix(override: str, message
 def test_file_and_overrides_are_merged_and_typed(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "run_folder: r\ncorpus: {folder: c}\nmodel: {folder: m}\nestep: {learning_rate: 1e-4}\nobjective: {penalty: 0}\n"
+        "run_folder: r\ncorpus: {folder: c}\nmodel: {folder: m}\nestep: {learning_rate: 1e-4}\n"
+        "objective: {penalty: 0}\n"
     )
     config = load_config(path, ["objective.penalty=0.2", "engine.kind=vllm", "engine.urls=[http://a:1, http://b:2]"])
     assert config.estep.learning_rate == 1e-4

@@ -56,15 +56,16 @@ def estimates(
     own = policy.copies(count)
     gate, content = tabular.decision_logprobs(own, paths)
     line_tokens = torch.arange(1, lines + 1)
-    rewards = objective.line_rewards(
-        tabular.line_logprobs(model, paths) * line_tokens,
-        line_tokens,
-        paths.thought,
-        torch.ones_like(paths.thought),
-        penalty=model.penalty,
-        format_penalty=7.0,
-        line_reward="mean",
+    lines_of_paths = objective.Lines(
+        logprob=tabular.line_logprobs(model, paths) * line_tokens,
+        tokens=line_tokens,
+        thought=paths.thought,
+        well_formed=torch.ones_like(paths.thought),
     )
+    settings = ObjectiveConfig(
+        penalty=model.penalty, horizon=horizon, discount=discount, max_importance_weight=maximum, format_penalty=7.0
+    )
+    rewards = objective.line_rewards(lines_of_paths, settings)
     returns = objective.truncated_returns(rewards, horizon=horizon, discount=discount)
     advantages = objective.leave_one_out(returns) if baseline else returns
     drawn = torch.cat([torch.ones_like(paths.thought), paths.thought])
@@ -73,10 +74,10 @@ def estimates(
     if whole_path_weight:  # one weight for all decisions of a rollout: the product over its gates
         gap = (gate.detach() - behaviour[:group]).sum(-1, keepdim=True).repeat(2, 1, lines)
         behaviour = logprobs.detach() - gap
-    weights = objective.importance_weights(logprobs, behaviour, maximum=maximum)
     decisions = int(drawn.sum())
+    credit = torch.cat([advantages, advantages])
     loss = objective.policy_gradient_loss(
-        logprobs[drawn], weights[drawn], torch.cat([advantages, advantages])[drawn], global_count=decisions
+        logprobs[drawn], behaviour[drawn], credit[drawn], settings, global_count=decisions
     )
     return flat(torch.autograd.grad(-loss * decisions / group, own.tensors)), drawn.sum(dim=(0, 2))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_ra3.corpus.actions import regroup
 from megatron_ra3.corpus.lines import CommentMode, annotate
 from megatron_ra3.corpus.snippets import SnippetRecord
 from megatron_ra3.latents import LatentFormat, Snippet, Tokenizer
+from megatron_ra3.presets import Granularity
 
 
 class SnippetTokenizer:
@@ -16,9 +18,10 @@ class SnippetTokenizer:
         tokenizer: the model's tokenizer.
         latent_format: surface form of the latents.
         comments: what native full-line comments become.
-        max_tokens: tokens of a snippet at most, with `<act>` before every line.
+        max_tokens: tokens of a snippet at most, with `<act>` before every logical line.
         max_rationale_tokens: a native rationale that, closed, is longer is dropped: the model would learn to write
             what it is then punished for.
+        granularity: what one action is. Snippets are cut as lines first, so that every granularity sees the same code.
 
     """
 
@@ -30,12 +33,14 @@ class SnippetTokenizer:
         *,
         max_tokens: int,
         max_rationale_tokens: int,
+        granularity: Granularity = "line",
     ) -> None:
         self.tokenizer = tokenizer
         self.format = latent_format
         self.comments = comments
         self.max_tokens = max_tokens
         self.max_rationale_tokens = max_rationale_tokens
+        self.granularity = granularity
         self._dropped = 0
 
     def snippets(self, records: Sequence[SnippetRecord]) -> list[Snippet]:
@@ -65,7 +70,8 @@ class SnippetTokenizer:
         if not kept:
             return None
         native = tuple(self._short(rationale) for rationale in whole.native[:kept])
-        return Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], native)
+        cut = Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], native)
+        return regroup(cut, [text for _, text in lines[:kept]], self.granularity, self.format)
 
     def _short(self, rationale: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if rationale is None or len(rationale) + len(self.format.close) > self.max_rationale_tokens:
