@@ -385,6 +385,60 @@ def test_special_surface_uses_the_limit_up_to_the_last_token() -> None:
         assert len(trajectory.token_ids) == 22 + 3 * thinks
 
 
+@pytest.mark.parametrize("surface", ["newline", "special"])
+def test_always_thinking_draws_only_rationales_from_their_law(surface: Surface) -> None:
+    law, engine, fmt = LAWS[surface], TabularEngine(LAWS[surface]), FORMATS[surface]
+    sampler = make_sampler(engine, surface, 5_000, gate="always", gate_exploration=0.3)
+    (trajectories,) = sampler.sample([SNIPPET], seed=9)
+    assert engine.gate_calls == []
+    assert sampler.think_rate == sampler_module.FIRST_THINK_RATE
+    stats = sampler.stats
+    assert (stats.generate_requests, stats.thinks, stats.lines, stats.forced_acts) == (25_000, 25_000, 25_000, 0)
+    for trajectory in trajectories:
+        assert trajectory.thought == [True] * len(LINES)
+        assert {kind for kind, sampled in zip(trajectory.kinds, trajectory.sampled, strict=True) if sampled} == {
+            Kind.RATIONALE
+        }
+        for i in itertools.compress(range(len(trajectory.token_ids)), trajectory.sampled):
+            exact = math.log(law.rationale(tuple(trajectory.token_ids[:i]))[trajectory.token_ids[i]])
+            assert abs(trajectory.engine_logprobs[i] - exact) < 1e-12
+    opened = SNIPPET.prompt + fmt.gate_prefix + fmt.think_suffix
+    observed = Counter(path_of(trajectory)[0] for trajectory in trajectories)
+    exact: dict[Path, float] = {}
+    for first, probability in law.rationale(opened).items():
+        if first in fmt.stop_ids:
+            exact[(first,),] = probability
+            continue
+        for second, rest in law.rationale((*opened, first)).items():
+            exact[(first, second),] = probability * rest
+    assert chi_square_p(Counter({(path,): count for path, count in observed.items()}), exact, tuple) > 0.001
+
+
+def test_always_thinking_stops_where_no_rationale_fits() -> None:
+    for limit, thinks in ((28, 0), (29, 1), (100, 12)):
+        engine = TabularEngine(ThinkAt())
+        sampler = make_sampler(engine, "newline", 2, gate="always", max_sequence_tokens=limit)
+        (trajectories,) = sampler.sample([TWELVE], seed=0)
+        for trajectory in trajectories:
+            assert trajectory.thought[:thinks] == [True] * thinks
+            assert len(trajectory.token_ids) <= limit
+            assert not any(
+                sampled for kind, sampled in zip(trajectory.kinds, trajectory.sampled, strict=True) if kind == Kind.GATE
+            )
+        assert sampler.stats.thinks == sum(sum(trajectory.thought) for trajectory in trajectories)
+        assert sampler.stats.forced_acts == 24 - sampler.stats.thinks
+
+
+@pytest.mark.parametrize("surface", ["newline", "special"])
+def test_never_thinking_asks_the_engine_nothing(surface: Surface) -> None:
+    sampler = make_sampler(None, surface, 3, gate="never", gate_exploration=0.5)
+    (trajectories,) = sampler.sample([SNIPPET], seed=0)
+    rendered = FORMATS[surface].render(SNIPPET, observe=False)
+    assert [trajectory.to_json() for trajectory in trajectories] == [rendered.to_json()] * 3
+    stats = sampler.stats
+    assert (stats.gate_queries, stats.generate_requests, stats.lines, stats.forced_acts) == (0, 0, 15, 15)
+
+
 def test_snippet_over_the_limit_is_named() -> None:
     sampler = make_sampler(TabularEngine(ThinkAt()), "newline", 1, max_sequence_tokens=24)
     with pytest.raises(ValueError, match="snippet twelve: 25 tokens without any rationale, but max_sequence_tokens=24"):
@@ -442,6 +496,7 @@ def test_nan_of_a_broken_model_is_an_engine_error() -> None:
         ({"window": "atuo"}, "window='atuo': must be"),
         ({"gate_exploration": -0.1}, r"gate_exploration=-0.1: must lie in \[0, 1\]"),
         ({"gate_exploration": 1.5}, "gate_exploration=1.5: must lie"),
+        ({"gate": "maybe"}, 'gate=\'maybe\': must be "sampled", "always" or "never"'),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

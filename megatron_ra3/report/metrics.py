@@ -12,11 +12,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
+
+from megatron_ra3.report.signatures import Detector
+from megatron_ra3.report.summary import read_metrics
 
 if TYPE_CHECKING:
     from megatron_ra3.model.parallel import ParallelLayout
@@ -74,15 +77,24 @@ class MetricsLog:
         writes: this process writes (global rank 0).
         wandb_project: empty, or where to log besides; a resumed run goes on with the wandb run of its folder.
         settings: the run's configuration, shown in wandb.
+        detector: looks for failure signatures in what is written.
 
     ValueError, on every rank: wandb is asked for but not installed.
     """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, writes: bool, wandb_project: str, settings: Mapping[str, Any]
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        writes: bool,
+        wandb_project: str,
+        settings: Mapping[str, Any],
+        detector: Detector,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._writes = writes
+        self._detector = detector
         self._wandb: Any = None
         self._bar: tqdm[Any] | None = None
         if wandb_project and not _is_installed("wandb"):
@@ -111,9 +123,13 @@ class MetricsLog:
         return durable_bytes(self._file) if self._writes else 0
 
     def rewind(self, offset: int, step: int) -> None:
-        """Cut the file back to `offset` bytes, as it stood after `step` steps; ValueError: it holds fewer."""
+        """Cut the file back to `offset` bytes, as it stood after `step` steps; ValueError: it holds fewer.
+
+        The detector then stands where it stood, too.
+        """
         if self._writes:
             cut_back(self._file, offset)
+            self._detector.replay(read_metrics(self.path.parent))
             if self._bar is not None:
                 self._bar.initial = self._bar.n = step
                 self._bar.refresh()
@@ -125,20 +141,28 @@ class MetricsLog:
             self._bar.refresh()
 
     def write(self, label: str, record: Mapping[str, Any]) -> None:
-        """Append one step's metrics and print its line, which `label` opens."""
+        """Append one step's metrics and print its line, which `label` opens, and one per failure signature it shows."""
         if not self._writes:
             return
+        signatures = self._detector.observe(record)
+        if signatures:
+            record = {**record, "signatures": signatures}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         shown = [f"{name} {record[name]:{form}}" for name, form in SHOWN.items() if name in record]
-        line = f"{time.strftime('%H:%M:%S')} {label:<22} " + "  ".join(shown)
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
-            self._bar.update()
+        lines = [f"{label:<22} " + "  ".join(shown)]
+        lines += [f"{label:<22} signature {name}: {message}" for name, message in signatures.items()]
+        self._print([f"{time.strftime('%H:%M:%S')} {line}" for line in lines])
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=record["step"])
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self._wandb.log(numbers | {f"signatures/{name}": 1 for name in signatures}, step=record["step"])
+
+    def _print(self, lines: Sequence[str]) -> None:
+        if self._bar is None:
+            print(*lines, sep="\n", flush=True)
+        else:
+            self._bar.write("\n".join(lines))
+            self._bar.update()
 
     def close(self) -> None:
         """Flush and close everything."""

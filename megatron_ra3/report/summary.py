@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_ra3.report.signatures import entries
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -22,9 +24,10 @@ def summarize(runs: Mapping[str, Path]) -> dict[str, Any]:
 
     Keys: `nats_per_code_token` (held-out nats per original code token, rationale cost included), `act_only` (the same
     with `<act>` everywhere), `reward_first` and `reward_last` (E-step, nats per line, mean over up to 5 steps),
-    `think_rate`, `rationale_tokens`, `tokens` (trained on), `seconds` (per phase).
+    `think_rate`, `rationale_tokens`, `tokens` (trained on), `signatures` (see
+    `signatures.entries`), `seconds` (per phase).
     """
-    summary: dict[str, Any] = {name: {} for name in ("nats_per_code_token", "act_only", "tokens")}
+    summary: dict[str, Any] = {name: {} for name in ("nats_per_code_token", "act_only", "tokens", "signatures")}
     seconds: dict[str, float] = defaultdict(float)
     for name, folder in runs.items():
         steps = read_metrics(folder)
@@ -34,6 +37,7 @@ def summarize(runs: Mapping[str, Path]) -> dict[str, Any]:
         summary["nats_per_code_token"][name] = evaluations[-1]["nats_per_code_token"]
         summary["act_only"][name] = evaluations[-1]["act_nats_per_code_token"]
         summary["tokens"][name] = sum(step["tokens"] for step in steps if "tokens" in step)
+        summary["signatures"][name] = [item for step in steps for item in entries(step)]
         for step in steps:
             seconds[f"{name}.{step['phase']}"] += step["seconds"]
         rewards = [step["reward"] for step in steps if step["phase"] == "estep"]
@@ -62,4 +66,18 @@ def table(summary: Mapping[str, Any]) -> str:
         ]
     rows += ["", "seconds per phase"]
     rows += [f"  {name:<16}{value:>8.1f}" for name, value in summary["seconds"].items()]
+    rows += ["", *_signature_rows(summary["signatures"])]
     return "\n".join(rows)
+
+
+def _signature_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """One row per run and signature: the rounds that showed it, and its last message."""
+    yield "failure signatures" if any(found.values()) else "failure signatures: none"
+    for run, items in found.items():
+        rounds: dict[str, list[str]] = defaultdict(list)
+        messages: dict[str, str] = {}
+        for item in items:
+            rounds[item["name"]].append(str(item["round"]))
+            messages[item["name"]] = item["message"]
+        for name, message in messages.items():
+            yield f"  {run:<8}{name}, round {', '.join(rounds[name])}: {message}"

@@ -29,6 +29,7 @@ class SamplerConfig:
 
     `window`: lines whose gates one query scores ahead (1: line by line, "auto": from the running think rate); it
     changes the cost, never the law. `gate_exploration` (epsilon): the gate is drawn from (1-epsilon) q + epsilon/2.
+    `gate`: "sampled" from the engine's law, or written unsampled, "always" `<think>` or "never".
     `max_rationale_tokens` counts sampled tokens, the closing one included. ValueError names a bad value and the fix.
     """
 
@@ -37,6 +38,7 @@ class SamplerConfig:
     max_sequence_tokens: int
     window: Literal["auto"] | int = "auto"
     gate_exploration: float = 0.0
+    gate: Literal["sampled", "always", "never"] = "sampled"
 
     def __post_init__(self) -> None:
         for name in ("rollouts_per_snippet", "max_rationale_tokens"):
@@ -51,13 +53,16 @@ class SamplerConfig:
             raise ValueError(f'window={self.window!r}: must be "auto" or a number of lines, at least 1')
         if not 0.0 <= self.gate_exploration <= 1.0:
             raise ValueError(f"gate_exploration={self.gate_exploration}: must lie in [0, 1]; 0 draws from the policy")
+        if self.gate not in ("sampled", "always", "never"):
+            raise ValueError(f'gate={self.gate!r}: must be "sampled", "always" or "never"')
 
 
 @dataclass(slots=True)
 class SamplerStats:
     """What one `sample` call asked of the engine and what came of it.
 
-    `forced_acts` are lines whose gate was not sampled because a rationale would not have fitted any more.
+    `forced_acts` are lines written as `<act>` without a draw: a rationale would not have fitted any more, or never
+    thinking was asked for.
     """
 
     rollouts: int = 0
@@ -109,15 +114,20 @@ class Sampler:
         self.stats.rollouts = sum(map(len, groups))
         unfinished = self._still_open([rollout for group in groups for rollout in group])
         while unfinished:
-            scores = self._score_gates(unfinished)
-            thinking = [
-                rollout
-                for rollout, score in zip(unfinished, scores, strict=True)
-                if self._draws_think(rollout, score, seed)
-            ]
-            self._write_rationales(thinking, seed)
+            self._write_rationales(self._decide(unfinished, seed), seed)
             unfinished = self._still_open(unfinished)
         return [[rollout.trajectory for rollout in group] for group in groups]
+
+    def _decide(self, rollouts: Sequence[_Rollout], seed: int) -> list[_Rollout]:
+        """Advance every rollout to its next `<think>`, at most by its window; returns those that got there."""
+        if self._config.gate == "sampled":
+            scores = zip(rollouts, self._score_gates(rollouts), strict=True)
+            return [rollout for rollout, score in scores if self._draws_think(rollout, score, seed)]
+        for rollout in rollouts:
+            self._format.append_think(rollout.trajectory)
+        self.stats.lines += len(rollouts)
+        self.stats.thinks += len(rollouts)
+        return list(rollouts)
 
     def _begin(self, snippets: Sequence[Snippet]) -> list[list[_Rollout]]:
         """Number the rollouts per snippet id, so that a snippet given twice is not drawn twice alike."""
@@ -137,9 +147,9 @@ class Sampler:
         return groups
 
     def _still_open(self, rollouts: Sequence[_Rollout]) -> list[_Rollout]:
-        """Rollouts with gates left to draw; where no rationale fits any more, the rest is written as `<act>`."""
+        """Rollouts that may still think; those that may not, or have no room to, are finished with `<act>`."""
         for rollout in rollouts:
-            if not self._room_to_think(rollout):
+            if self._config.gate == "never" or not self._room_to_think(rollout):
                 for line in rollout.lines_left:
                     self._format.append_act(rollout.trajectory, line)
                     self.stats.lines += 1
