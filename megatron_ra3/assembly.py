@@ -200,7 +200,7 @@ def _check_batch_sizes(config: RunConfig, layout: parallel.ParallelLayout) -> No
 def _check_engines(config: RunConfig, layout: parallel.ParallelLayout) -> None:
     """Refuse servers that the replicas could not share or reach; collective over all ranks."""
     engine, replicas = config.engine, layout.dp_size
-    if not config.em.rounds or engine.resolved_kind != "vllm":
+    if not config.em.rounds or config.objective.gate == "never" or engine.resolved_kind != "vllm":
         return
     if torch.cuda.is_available() and not engine.urls and (replicas > 1 or engine.memory_fraction > 0.5):
         raise ValueError(

@@ -74,7 +74,7 @@ def evaluate(run: Run, _phase: Phase) -> Metrics:
     run.sync_engine()
     sampled = [group[0] for group in run.sample(snippets, 1)]
     run.write_samples(sampled[: run.config.evaluate.samples_shown])
-    return metrics | run.next_token.evaluate(sampled)
+    return metrics | run.next_token.evaluate(sampled) | run.estep.evaluate(sampled)
 
 
 def _next_token(run: Run, phase: Phase, config: NextTokenConfig, trajectories: list[Trajectory]) -> Metrics:

@@ -79,13 +79,14 @@ class Run:
         self.samples = SampleLog(self.folder, assembly.tokenizer, writes=layout.rank == 0)
         self.progress = Progress()
         self.phases = phases(config)
+        self.detector = Detector(config)
         self.metrics = MetricsLog(
             self.folder,
             total_steps=sum(phase.steps for phase in self.phases),
             writes=layout.rank == 0,
             wandb_project=config.logging.wandb_project,
             settings=to_dict(config),
-            detector=Detector(config),
+            detector=self.detector,
         )
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=layout
@@ -190,7 +191,7 @@ class Run:
             "steps": self.progress.total_steps,
             "mstep_tokens": self.progress.mstep_tokens,
             **self._last,
-            "signatures": self.layout.gather_from_ranks(self.metrics.signatures)[0],
+            "signatures": self.layout.gather_from_ranks(self.detector.found)[0],
         }
         if self.layout.rank == 0:
             summary_path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -224,14 +225,23 @@ class Run:
 
     # Sampling
 
+    @property
+    def samples_latents(self) -> bool:
+        """Whether the objective leaves a latent to sample."""
+        return self.config.objective.gate != "never"
+
     def sync_engine(self) -> None:
-        """Bring the current weights to the engine, starting it on first use."""
+        """Bring the current weights to the engine, starting it on first use; idle where no latent is sampled."""
+        if not self.samples_latents:
+            return
         if self._engine is None:
             self._engine = open_engine(self.config, self.assembly.trainer, self.format, self.assembly.initial_folder)
         self._engine.sync(self.progress.weight_version)
 
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica."""
+        if not self.samples_latents:
+            return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
         assert self._engine is not None, "sync_engine comes first"
         seed = self.config.seed * 1_000_003 + self.progress.total_steps
         return self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
@@ -338,6 +348,7 @@ class Run:
                 max_sequence_tokens=self.config.max_sequence_tokens,
                 window=self.config.estep.window or "auto",
                 gate_exploration=self.config.objective.gate_exploration if rollouts_per_snippet > 1 else 0.0,
+                gate=self.config.objective.gate,
             )
             sampler = Sampler(self._engine.engine, self.format, settings)
             sampler.think_rate = self._think_rates.get(rollouts_per_snippet, sampler.think_rate)

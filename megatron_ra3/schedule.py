@@ -45,7 +45,8 @@ class Progress:
 def phases(config: RunConfig) -> list[Phase]:
     """All phases of a run in order; phases without steps are left out.
 
-    Without EM rounds this is plain next-token training: the NTP baseline, or a base model from scratch.
+    Without EM rounds this is plain next-token training: the NTP baseline, or a base model from scratch. An objective
+    without latents has no E-step.
     """
 
     def planned() -> Iterator[Phase]:
@@ -53,7 +54,7 @@ def phases(config: RunConfig) -> list[Phase]:
         if not config.em.rounds:
             yield Phase("evaluate", 0, 1)
         for number in range(1, config.em.rounds + 1):
-            yield Phase("estep", number, config.estep.steps)
+            yield Phase("estep", number, 0 if config.objective.gate == "never" else config.estep.steps)
             yield Phase("bootstrap", number, config.mstep.steps)
             yield Phase("mstep", number, config.mstep.steps)
             yield Phase("evaluate", number, 1)

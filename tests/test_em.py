@@ -149,7 +149,7 @@ def test_a_save_that_does_not_fit_is_reported_and_loses_nothing(whole, small_cor
 
 def test_resuming_something_else_is_refused(whole, small_corpus, tmp_path):
     shutil.copytree(whole.run_folder, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"estep\.penalty: 0\.05 in the checkpoint, 0\.2 now"):
+    with pytest.raises(ValueError, match=r"objective\.penalty: 0\.05 in the checkpoint, 0\.2 now"):
         midtrain(make_config(small_corpus, tmp_path, "objective.penalty=0.2"))
 
 
