@@ -7,6 +7,7 @@ is written from the definitions and uses none of the package, so that a mistake 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -137,37 +138,74 @@ def step_logprobs(policy: Policy, paths: Paths, exploration: float = 0.0) -> Ten
     return torch.log((1 - exploration) * torch.exp(gate) + exploration / 2) + content
 
 
-def value(model: Model, policy: Policy, exploration: float = 0.0) -> Tensor:
-    """J(q) = E_q sum_t [log pi(a_t|z_t) - c 1{think}], or of the exploring policy: a sum over every path."""
+def sticky(model: Model, keep: float, new: Tensor) -> Policy:
+    """The sticky prior, a policy too: keeps with probability alpha' = `keep`, else draws from `new` [..., K]."""
+    shape = model.emission.shape
+    gate = torch.full(shape, math.log1p(-keep) - math.log(keep), dtype=torch.float64)
+    return Policy(gate, torch.log(new).expand(*shape, model.latents))
+
+
+def charges(policy: Policy, prior: Policy) -> Tensor:
+    """KL_Bern(rho ‖ 1 - alpha') + rho KL(q~ ‖ p_new) at every gate, [T, K+1] (method.md 2)."""
+    act, think = torch.sigmoid(-policy.gate), torch.sigmoid(policy.gate)
+    log_act, log_think = (torch.nn.functional.logsigmoid(sign * policy.gate) for sign in (-1, 1))
+    prior_act, prior_think = (torch.nn.functional.logsigmoid(sign * prior.gate) for sign in (-1, 1))
+    content, new = torch.log_softmax(policy.content, -1), torch.log_softmax(prior.content, -1)
+    gate = think * (log_think - prior_think) + act * (log_act - prior_act)
+    return gate + think * (torch.exp(content) * (content - new)).sum(-1)
+
+
+def line_terms(model: Model, policy: Policy, paths: Paths, prior: Policy | None) -> Tensor:
+    """What J adds per line, [..., T]: minus c per thought, or with a prior minus the KL to it."""
+    if prior is None:
+        return line_values(model, paths)
+    return line_logprobs(model, paths) - _pick(charges(policy, prior), paths.before)
+
+
+def value(model: Model, policy: Policy, exploration: float = 0.0, prior: Policy | None = None) -> Tensor:
+    """J(q) = E_q sum_t [log pi(a_t|z_t) - c 1{think}], or with a prior the ELBO: a sum over every path.
+
+    With `exploration` the paths are those of the exploring policy.
+    """
     paths = all_paths(model)
     probability = torch.exp(step_logprobs(policy, paths, exploration).sum(-1))
-    return (probability * line_values(model, paths).sum(-1)).sum()
+    return (probability * line_terms(model, policy, paths, prior).sum(-1)).sum()
 
 
-def credited_value(model: Model, policy: Policy, *, horizon: int, discount: float, exploration: float = 0.0) -> Tensor:
+def credited_value(
+    model: Model,
+    policy: Policy,
+    *,
+    horizon: int = 99,
+    discount: float = 1.0,
+    exploration: float = 0.0,
+    prior: Policy | None = None,
+) -> Tensor:
     """Surrogate whose gradient is the truncated-credit gradient: sum_t E sum_{k=t}^{t+H-1} gamma^(k-t) r_k.
 
     In the t-th expectation only line t follows `policy`; the others follow a copy of it held fixed.
     """
     paths = all_paths(model)
     steps = step_logprobs(policy, paths, exploration)
-    rewards = line_values(model, paths)
+    rewards = line_terms(model, policy, paths, prior)
     total = torch.zeros((), dtype=torch.float64)
     for t in range(model.lines):
-        only_t = torch.where(torch.arange(model.lines) == t, steps, steps.detach())
-        window = rewards[:, t : t + horizon]
+        is_t = torch.arange(model.lines) == t
+        only_t = torch.where(is_t, steps, steps.detach())
+        window = torch.where(is_t, rewards, rewards.detach())[:, t : t + horizon]
         credit = window @ discount ** torch.arange(window.shape[1], dtype=torch.float64)
         total = total + (torch.exp(only_t.sum(-1)) * credit).sum()
     return total
 
 
-def value_by_recursion(model: Model, policy: Policy) -> Tensor:
+def value_by_recursion(model: Model, policy: Policy, prior: Policy | None = None) -> Tensor:
     """J(q) once more, by V_t(z') = sum over decisions, backwards over lines."""
     after = torch.zeros(model.latents + 1, dtype=torch.float64)
     think, content = torch.sigmoid(policy.gate), torch.softmax(policy.content, -1)
+    cost = model.penalty * think if prior is None else charges(policy, prior)
     for t in reversed(range(model.lines)):
         stay = model.emission[t] + after
-        after = (1 - think[t]) * stay + think[t] * (content[t] @ stay[: model.latents] - model.penalty)
+        after = (1 - think[t]) * stay + think[t] * (content[t] @ stay[: model.latents]) - cost[t]
     return after[model.latents]
 
 
@@ -180,6 +218,37 @@ def viterbi(model: Model) -> tuple[float, Tensor]:
         gains.append(stay[: model.latents].max() - stay)
         after = torch.maximum(stay, stay[: model.latents].max() - model.penalty)
     return float(after[model.latents]), torch.stack(gains[::-1])
+
+
+def posterior(model: Model, prior: Policy) -> tuple[float, Policy]:
+    """log p(a | no rationale yet) and the exact law of decisions given all lines (method.md 2).
+
+    V_t(z') = log[alpha' e^(l_t + V_{t+1})(z') + (1 - alpha') sum_z p_new(z) e^(l_t + V_{t+1})(z)], the best J there is.
+    """
+    after = torch.zeros(model.latents + 1, dtype=torch.float64)
+    gates: list[Tensor] = []
+    contents: list[Tensor] = []
+    for t in reversed(range(model.lines)):
+        stay = model.emission[t] + after
+        joint = torch.log_softmax(prior.content[t], -1) + stay[: model.latents]
+        think = torch.nn.functional.logsigmoid(prior.gate[t]) + torch.logsumexp(joint, -1)
+        keep = torch.nn.functional.logsigmoid(-prior.gate[t]) + stay
+        gates.insert(0, think - keep)
+        contents.insert(0, joint)
+        after = torch.logaddexp(think, keep)
+    return float(after[model.latents]), Policy(torch.stack(gates), torch.stack(contents))
+
+
+def visits(policy: Policy) -> tuple[Tensor, Tensor]:
+    """Probability of each latent before every gate, [T, K+1], and of each thought there, [T, K+1, K]."""
+    lines, latents = policy.content.shape[0], policy.content.shape[2]
+    steps = transitions(policy)
+    before = [torch.nn.functional.one_hot(torch.tensor(latents), latents + 1).double()]
+    for t in range(lines - 1):
+        before.append(before[t] @ steps[t])
+    stacked = torch.stack(before)
+    think = stacked * torch.sigmoid(policy.gate)
+    return stacked, think.unsqueeze(-1) * torch.softmax(policy.content, -1)
 
 
 def sticky_prior(latents: int, alpha: float) -> Tensor:

@@ -6,7 +6,6 @@ rounding; where sampling is needed, z-scores decide, and a wrong estimator must 
 
 import itertools
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +17,26 @@ from megatron_ra3.estep import EStep
 from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
 from megatron_ra3.presets import ObjectiveConfig
 from tests import tabular
+from tests.estimator import (
+    CONFIGURATIONS,
+    SEEDS,
+    Agreement,
+    averaged,
+    estimates,
+    every_group,
+    exact,
+    flat,
+    gradient,
+    instance,
+    learn,
+    no_baseline,
+    prior_of,
+    relative,
+    share_of_optimum,
+    z_scores,
+)
 from tests.tabular import Model, Paths, Policy
 
-SEEDS = range(5)
 EOS, NEWLINE, HASH, LATENT, LINE = 0, 1, 2, 3, 6
 FORMAT = LatentFormat(
     surface="newline",
@@ -34,93 +50,6 @@ FORMAT = LatentFormat(
     stop_ids=frozenset({EOS, NEWLINE}),
     blank_ids=frozenset({NEWLINE}),
 )
-
-
-def estimates(
-    model: Model,
-    policy: Policy,
-    paths: Paths,
-    *,
-    horizon: int = 99,
-    discount: float = 1.0,
-    exploration: float = 0.0,
-    maximum: float = math.inf,
-    baseline: bool = True,
-    whole_path_weight: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The package's policy gradient for groups of `paths` [G, B, T]: -N/G times the loss's gradient, and N, per group.
-
-    Gradients come back as [B, T, K+1, 1+K]: the gate's logit, then those of the new latent.
-    """
-    group, count, lines = paths.thought.shape
-    own = policy.copies(count)
-    gate, content = tabular.decision_logprobs(own, paths)
-    line_tokens = torch.arange(1, lines + 1)
-    lines_of_paths = objective.Lines(
-        logprob=tabular.line_logprobs(model, paths) * line_tokens,
-        tokens=line_tokens,
-        thought=paths.thought,
-        well_formed=torch.ones_like(paths.thought),
-    )
-    settings = ObjectiveConfig(
-        penalty=model.penalty, horizon=horizon, discount=discount, max_importance_weight=maximum, format_penalty=7.0
-    )
-    rewards = objective.line_rewards(lines_of_paths, settings)
-    returns = objective.truncated_returns(rewards, horizon=horizon, discount=discount)
-    advantages = objective.leave_one_out(returns) if baseline else returns
-    drawn = torch.cat([torch.ones_like(paths.thought), paths.thought])
-    logprobs = torch.cat([gate, content])
-    behaviour = torch.cat([objective.explored(gate.detach(), exploration), content.detach()])
-    if whole_path_weight:  # one weight for all decisions of a rollout: the product over its gates
-        gap = (gate.detach() - behaviour[:group]).sum(-1, keepdim=True).repeat(2, 1, lines)
-        behaviour = logprobs.detach() - gap
-    decisions = int(drawn.sum())
-    credit = torch.cat([advantages, advantages])
-    loss = objective.policy_gradient_loss(
-        logprobs[drawn], behaviour[drawn], credit[drawn], settings, global_count=decisions
-    )
-    return flat(torch.autograd.grad(-loss * decisions / group, own.tensors)), drawn.sum(dim=(0, 2))
-
-
-def flat(gradients: Sequence[Tensor]) -> Tensor:
-    gate, content = gradients
-    return torch.cat([gate.unsqueeze(-1), content], -1)
-
-
-def gradient(value: Tensor, policy: Policy, exploration: float = 0.0) -> Tensor:
-    """Gradient of `value`, its gate part divided by 1 - epsilon."""
-    gate, content = torch.autograd.grad(value, policy.tensors)
-    return flat((gate / (1 - exploration), content))
-
-
-def instance(seed: int, *, lines: int = 4) -> tuple[Model, Policy]:
-    model = tabular.random_model(seed, lines=lines)
-    policy = tabular.random_policy(model, seed)
-    return model, Policy(*(item.requires_grad_() for item in policy.tensors))
-
-
-def every_group(model: Model, policy: Policy, group: int, exploration: float = 0.0) -> tuple[Paths, Tensor]:
-    """All groups of paths [G, B, T] and their probabilities [B]."""
-    paths = tabular.all_paths(model)
-    members = torch.tensor(list(itertools.product(range(len(paths.thought)), repeat=group))).T
-    probability = torch.exp(tabular.step_logprobs(policy, paths, exploration).sum(-1)).detach()
-    return paths[members], probability[members].prod(0)
-
-
-def averaged(probability: Tensor, gradients: Tensor) -> Tensor:
-    return torch.einsum("b,btsk->tsk", probability, gradients)
-
-
-def z_scores(samples: Tensor, truth: Tensor) -> Tensor:
-    """Of each coordinate that can be reached at all."""
-    error = samples.std(0) / math.sqrt(len(samples))
-    reached = error > 0
-    assert torch.equal(truth[~reached], torch.zeros_like(truth[~reached]))
-    return ((samples.mean(0) - truth) / error)[reached]
-
-
-def relative(difference: Tensor, truth: Tensor) -> float:
-    return float(difference.norm() / truth.norm())
 
 
 # --- the two exact optima, and what the tests below rest on
@@ -219,8 +148,8 @@ def test_expected_gradient_over_every_group_is_that_of_j(lines, group):
     model, policy = instance(lines, lines=lines)
     truth = gradient(tabular.value(model, policy), policy)
     paths, probability = every_group(model, policy, group)
-    for baseline in (True, False):
-        samples, _ = estimates(model, policy, paths, baseline=baseline)
+    for advantages in (objective.advantages, no_baseline):
+        samples, _ = estimates(model, policy, paths, advantages=advantages)
         assert torch.allclose(averaged(probability, samples), truth, rtol=0, atol=1e-12)
 
 
@@ -291,15 +220,17 @@ def test_explored_gradient_is_that_of_the_exploring_policy(exploration, rarer, l
     policy = Policy(policy.gate - rarer, policy.content)
     truth = gradient(tabular.value(model, policy), policy)
     paths, probability = every_group(model, policy, 2, exploration)
-    expected = averaged(probability, estimates(model, policy, paths, exploration=exploration)[0])
+    expected = averaged(probability, estimates(model, policy, paths, gate_exploration=exploration)[0])
     ascended = gradient(tabular.value(model, policy, exploration), policy, exploration)
     assert torch.allclose(expected, ascended, rtol=0, atol=1e-12)
     bias = relative(expected - truth, truth)
     assert least * exploration <= bias <= most * exploration + 1e-12
     # Never above 1/(1-eps), so the default truncation at 2 is idle up to eps = 1/2.
-    truncated = averaged(probability, estimates(model, policy, paths, exploration=exploration, maximum=2.0)[0])
+    truncated = averaged(
+        probability, estimates(model, policy, paths, gate_exploration=exploration, max_importance_weight=2.0)[0]
+    )
     assert torch.allclose(truncated, expected, rtol=0, atol=1e-12)
-    options = {"exploration": exploration, "baseline": False, "whole_path_weight": True}
+    options = {"gate_exploration": exploration, "advantages": no_baseline, "whole_path_weight": True}
     whole = averaged(probability, estimates(model, policy, paths, **options)[0])
     assert torch.allclose(whole, truth, rtol=0, atol=1e-12)
 
@@ -309,7 +240,7 @@ def test_content_learns_from_explored_thoughts_at_the_rate_they_are_drawn():
     model, policy = instance(0, lines=1)
     policy = Policy(policy.gate - 5.0, policy.content)
     paths, probability = every_group(model, policy, 2, exploration=0.1)
-    samples, _ = estimates(model, policy, paths, exploration=0.1)
+    samples, _ = estimates(model, policy, paths, gate_exploration=0.1)
     expected, truth = averaged(probability, samples)[0, -1], gradient(tabular.value(model, policy), policy)[0, -1]
     think = torch.sigmoid(policy.gate[0, -1]).item()
     assert expected[0].item() == pytest.approx(truth[0].item(), rel=1e-9)
@@ -319,51 +250,28 @@ def test_content_learns_from_explored_thoughts_at_the_rate_they_are_drawn():
 # --- sampled rollouts
 
 
-@pytest.mark.parametrize(("exploration", "horizon", "discount"), [(0.0, 99, 1.0), (0.0, 2, 0.7), (0.1, 99, 1.0)])
-def test_sampled_gradients_have_the_exact_mean(exploration, horizon, discount):
-    """z-scores over 260 coordinates of five models; the baseline moves the variance only; credit for one line fails."""
-    scores, wrong, spread = [], [], []
-    for seed in SEEDS:
-        model, policy = instance(seed)
-        generator = torch.Generator().manual_seed(seed)
-        paths = tabular.sample_paths(policy, (4, 10_000), generator, exploration)
-        options = {"horizon": horizon, "discount": discount, "exploration": exploration}
-        samples, _ = estimates(model, policy, paths, **options)
-        truth = gradient(tabular.credited_value(model, policy, **options), policy, exploration)
-        scores.append(z_scores(samples, truth))
-        wrong.append(z_scores(estimates(model, policy, paths, **options | {"horizon": 1})[0], truth))
-        plain, _ = estimates(model, policy, paths, baseline=False, **options)
-        scores.append(z_scores(samples - plain, torch.zeros_like(truth)))
-        spread.append(float(samples.var(0).sum() / plain.var(0).sum()))
-    z = torch.cat(scores)
-    assert len(z) == 2 * 260
-    assert z.abs().max() < 4
-    assert 0.8 < (z**2).mean() < 1.2
-    assert torch.cat(wrong).abs().max() > 50
-    assert max(spread) < 0.2  # variance with the baseline, relative to none
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_sampled_gradients_have_the_exact_mean(name):
+    """z-scores over 260 coordinates of five models; the baseline moves the variance only."""
+    found = Agreement.of(CONFIGURATIONS[name], groups=10_000)
+    for z in (found.z, found.baseline_z):
+        assert len(z) == 260
+        assert z.abs().max() < 4
+        assert 0.8 < (z**2).mean() < 1.2
+    assert found.variance < (0.7 if "counterfactual" in name else 0.25)  # relative to no baseline
+
+
+@pytest.mark.parametrize("latent_cost", ["penalty", "sticky_kl"])
+def test_z_scores_find_credit_for_one_line_out(latent_cost):
+    model, policy = instance(0)
+    settings = {"latent_cost": latent_cost}
+    prior = prior_of(model, 0, settings)
+    paths = tabular.sample_paths(policy, (4, 10_000), torch.Generator().manual_seed(0))
+    samples, _ = estimates(model, policy, paths, prior=prior, horizon=1)
+    assert z_scores(samples, exact(model, policy, settings, prior)).abs().max() > 30
 
 
 # --- learning
-
-
-def learn(model: Model, policy: Policy, steps: int, *, groups: int, exploration: float = 0.0) -> None:
-    """Adam on the gradient of `groups` sampled groups of eight, or on the exact one if 0."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(policy.tensors, lr=0.1, maximize=True)
-    for _ in range(steps):
-        if groups:
-            paths = tabular.sample_paths(policy, (8, groups), generator, exploration)
-            found = estimates(model, policy, paths, exploration=exploration, maximum=2.0)[0].mean(0)
-        else:
-            found = gradient(tabular.value(model, policy, exploration), policy, exploration)
-        policy.gate.grad, policy.content.grad = found[..., 0], found[..., 1:]
-        optimizer.step()
-
-
-def share_of_optimum(model: Model, policy: Policy) -> float:
-    """0 is J of never thinking, 1 is Viterbi's optimum."""
-    best, _ = tabular.viterbi(model)
-    return (tabular.value(model, policy).item() - model.act_value) / (best - model.act_value)
 
 
 @pytest.mark.parametrize("seed", [0, 2, 3, 4, 5])
@@ -380,7 +288,7 @@ def test_learning_reaches_the_viterbi_optimum(seed, groups):
 def test_a_gate_that_closes_before_its_latents_are_learnt_stays_closed(exploration, groups):
     """The exact gradient stops there too: the first of the optimum's thoughts, worth 6 %, is not tried again."""
     model, policy = instance(1)
-    learn(model, policy, 500, groups=groups, exploration=exploration)
+    learn(model, policy, 500, groups=groups, gate_exploration=exploration)
     paths = tabular.all_paths(model)
     totals = tabular.line_values(model, paths).sum(-1)
     best, _ = tabular.viterbi(model)

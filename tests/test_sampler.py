@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,17 @@ from scipy.stats import chisquare
 
 from megatron_ra3.latents import Kind, LatentFormat, Snippet, Surface, Trajectory
 from megatron_ra3.rollout import sampler as sampler_module
-from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, Generation, StopRule
+from megatron_ra3.rollout.engine import (
+    EngineError,
+    GateQuery,
+    GateScores,
+    GenerateQuery,
+    Generation,
+    Query,
+    Reply,
+    StopRule,
+    converse_in_batches,
+)
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from tests.table_tokenizer import TableTokenizer
 
@@ -72,6 +82,7 @@ LAWS: dict[str, Law] = {"newline": Law("newline"), "special": Law("special")}
 class TabularEngine:
     law: Any
     version: int = 0
+    scores_while_generating: bool = True
     gate_calls: list[list[GateQuery]] = field(default_factory=list)
     generate_calls: list[list[GenerateQuery]] = field(default_factory=list)
 
@@ -80,15 +91,19 @@ class TabularEngine:
         assert all(len(query.token_ids) == query.rows[-1] + 1 for query in queries)
         self.gate_calls.append(list(queries))
         self.version += 1
-        return [
-            GateScores(tuple(self.law.gate(query.token_ids[: row + 1]) for row in query.rows), self.version)
-            for query in queries
-        ]
+        return [GateScores(self._gates(query), self.version) for query in queries]
+
+    def _gates(self, query: Query) -> tuple[tuple[float, ...], ...]:
+        return tuple(self.law.gate(query.token_ids[: row + 1]) for row in query.rows)
 
     def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
+        assert self.scores_while_generating or not any(query.rows for query in queries)
         self.generate_calls.append(list(queries))
         self.version += 1
-        return [self._generate(query, stop) for query in queries]
+        return [replace(self._generate(query, stop), gate_logprobs=self._gates(query)) for query in queries]
+
+    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+        converse_in_batches(self, queries, reply, stop)
 
     def _generate(self, query: GenerateQuery, stop: StopRule) -> Generation:
         generator, drawn, logprobs = random.Random(query.seed), [], []
@@ -201,8 +216,7 @@ def test_every_latent_has_its_exact_probability(
     exact = enumerate_law(surface, exploration)
     paths = list(exact)
 
-    def lead(purpose: str, seed: int, rollout: Any) -> int:
-        line = rollout.trajectory.num_lines
+    def lead(purpose: str, rollout: Any, line: int) -> int:
         if purpose == "rationale":
             return rollout.number * len(LINES) + line
         return 2**63 - 1 if paths[rollout.number][line] is None else 0

@@ -65,8 +65,8 @@ ERRORS = 2.0
 """Standard errors by which a mean must lie beyond its threshold: what noise explains is no signature."""
 GAIN_STEPS, GAIN_ERRORS = 10, 5.0
 """Steps and standard errors for the gain of thinking: at the optimum it lies near 0, and windows overlap."""
-LEAST_LOSSES = 16
-"""An M-step with fewer losses is not judged."""
+LEAST_LOSSES, LOSS_ERRORS = 16, 3.0
+"""Losses without which an M-step is not judged, and standard errors: medians of short quarters, twice in a phase."""
 
 
 def entries(record: Record) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ def _cross_entropy(losses: Sequence[float], limits: SignatureConfig) -> Found:
     middle = statistics.median(steps)
     deviation = 1.4826 * statistics.median(abs(step - middle) for step in steps) / 2**0.5
     error = 1.2533 * deviation * (2 / quarter) ** 0.5  # of a difference of two medians
-    if first - last + ERRORS * error < limits.min_mstep_fall * first:
+    if first - last + LOSS_ERRORS * error < limits.min_mstep_fall * first:
         fall, least = _percent((first - last) / first), _percent(limits.min_mstep_fall)
         over = f"over {len(losses)} steps"
         yield (

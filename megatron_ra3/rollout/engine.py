@@ -6,7 +6,7 @@ Only token ids travel. Two real engines stand behind the protocol: `vllm_engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,19 +33,24 @@ class GateScores:
 
 @dataclass(frozen=True, slots=True)
 class GenerateQuery:
-    """A prefix to continue; `seed` makes the draw reproducible."""
+    """A prefix to continue; `seed` makes the draw reproducible. Gate `rows` of the prefix are scored on the way."""
 
     token_ids: tuple[int, ...]
     seed: int
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Sampled tokens with their log-probs (nats) under the sampling law; a stop token, if drawn, is included."""
+    """Sampled tokens with their log-probs (nats) under the sampling law; a stop token, if drawn, is included.
+
+    `gate_logprobs` are as in `GateScores`, for the query's rows.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: int
+    gate_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,18 @@ class StopRule:
     max_tokens: int
 
 
+Query = GateQuery | GenerateQuery
+Answer = GateScores | Generation
+Reply = Callable[[Query, Answer], Sequence[Query]]
+"""Takes an answer and returns what to ask next because of it."""
+
+
 class Engine(Protocol):
     """Sampling engine; `fleet.ServedEngine.lead` says which ranks call it."""
+
+    @property
+    def scores_while_generating(self) -> bool:
+        """Whether a `GenerateQuery` may have gate rows, at less than the cost of two queries."""
 
     def gate_logprobs(self, queries: Sequence[GateQuery]) -> list[GateScores]:
         """Score gate rows of many prefixes; answers in the order of the queries."""
@@ -65,8 +80,29 @@ class Engine(Protocol):
     def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
         """Sample continuations; answers in the order of the queries."""
 
+    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+        """Ask `queries`, and whatever `reply` returns for each answer, until nothing is left to ask."""
+
     def health(self) -> None:
         """Return when every engine can serve; EngineError naming the one that cannot."""
 
     def close(self) -> None:
         """Release connections; the engine must not be used afterwards."""
+
+
+def converse_in_batches(engine: Engine, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+    """`Engine.converse` for an engine that works best on large batches, always in the same order.
+
+    A gate costs one forward pass and a rationale many, so rationales wait until no gate is left to score.
+    """
+    rationales: list[GenerateQuery] = []
+    asked = queries
+    while asked or rationales:
+        gates = [query for query in asked if isinstance(query, GateQuery)]
+        rationales += [query for query in asked if isinstance(query, GenerateQuery)]
+        if gates:
+            answered: list[tuple[Query, Answer]] = [*zip(gates, engine.gate_logprobs(gates), strict=True)]
+        else:
+            answered = [*zip(rationales, engine.generate(rationales, stop), strict=True)]
+            rationales = []
+        asked = [new for query, answer in answered for new in reply(query, answer)]

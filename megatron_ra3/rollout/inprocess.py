@@ -15,7 +15,16 @@ from torch import Tensor
 from megatron_ra3.batching import pack
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model.trainer import MicroBatch, Trainer
-from megatron_ra3.rollout.engine import GateQuery, GateScores, GenerateQuery, Generation, StopRule
+from megatron_ra3.rollout.engine import (
+    GateQuery,
+    GateScores,
+    GenerateQuery,
+    Generation,
+    Query,
+    Reply,
+    StopRule,
+    converse_in_batches,
+)
 
 PADDING_ID = 0
 
@@ -26,6 +35,8 @@ class InProcessEngine:
     `max_batch_tokens` bounds the padded tokens of one forward pass; a longer prefix runs alone. `temperature` divides
     the logits of rationales, and their log-probs are those of that law; gates are scored at temperature 1.
     """
+
+    scores_while_generating = False
 
     def __init__(
         self, trainer: Trainer, latent_format: LatentFormat, *, max_batch_tokens: int, temperature: float = 1.0
@@ -56,6 +67,7 @@ class InProcessEngine:
 
     def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
         """Sample continuations; answers in the order of the queries."""
+        assert not any(query.rows for query in queries)
         uniforms = [_uniforms(query.seed, stop.max_tokens) for query in queries]
         drawn: list[list[int]] = [[] for _ in queries]
         logprobs: list[list[float]] = [[] for _ in queries]
@@ -73,6 +85,10 @@ class InProcessEngine:
             Generation(tuple(tokens), tuple(values), self.weight_version)
             for tokens, values in zip(drawn, logprobs, strict=True)
         ]
+
+    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+        """Ask `queries`, and whatever `reply` returns for each answer, until nothing is left to ask."""
+        converse_in_batches(self, queries, reply, stop)
 
     def health(self) -> None:
         """There is nothing that could be down."""

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, Generation, StopRule
+from megatron_ra3.rollout.engine import (
+    Answer,
+    EngineError,
+    GateQuery,
+    GateScores,
+    GenerateQuery,
+    Generation,
+    Query,
+    Reply,
+    StopRule,
+)
 
 if TYPE_CHECKING:
     import aiohttp
@@ -32,8 +43,7 @@ PROBE_TIMEOUT_S = 30.0
 # Of a scoring request: one token is the least vLLM generates, and nobody looks at it.
 SCORING = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
 
-Query = TypeVar("Query", GateQuery, GenerateQuery)
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 GateLogprobs = tuple[tuple[float, ...], ...]
 
 
@@ -45,6 +55,8 @@ class VllmEngine:
     are checked here. `temperature` is that of `generate` (0 is greedy); gates are scored at temperature 1.
     `max_in_flight` requests are open per server; each must be answered within `timeout_s`.
     """
+
+    scores_while_generating = True
 
     def __init__(
         self,
@@ -70,6 +82,7 @@ class VllmEngine:
         self._max_in_flight = max_in_flight
         self._native_scoring: dict[str, bool] = {}
         self._routes: dict[int, str] = {}
+        self._load = dict.fromkeys(self._urls, 0)
         self._runner = asyncio.Runner()
         self._session: aiohttp.ClientSession | None = None
         self.rescored_queries = 0
@@ -84,17 +97,16 @@ class VllmEngine:
         for query in queries:
             if not query.rows or not all(0 <= row < len(query.token_ids) for row in query.rows):
                 raise ValueError(f"gate rows {query.rows} of a prefix of {len(query.token_ids)} tokens")
-        unique = list(dict.fromkeys(queries))
-        answers = dict(zip(unique, self._runner.run(self._all(unique, self._score)), strict=True))
-        return [answers[query] for query in queries]
+        answers = self._ask_all(queries, StopRule(frozenset(), max_tokens=1))
+        return [answer for answer in answers if isinstance(answer, GateScores)]
 
     def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
-        """Sample continuations; answers in the order of the queries."""
+        """Sample continuations, equal queries once; answers in the order of the queries."""
+        return [answer for answer in self._ask_all(queries, stop) if isinstance(answer, Generation)]
 
-        async def one(url: str, query: GenerateQuery) -> Generation:
-            return await self._generate(url, query, stop)
-
-        return self._runner.run(self._all(queries, one))
+    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+        """Ask `queries`, and whatever `reply` returns for each answer as soon as it is there, until nothing is left."""
+        self._runner.run(self._converse(queries, reply, stop))
 
     def health(self) -> None:
         """Return when every engine answers and serves what is expected; EngineError naming the one that does not."""
@@ -106,20 +118,42 @@ class VllmEngine:
             self._runner.run(self._session.close())
         self._runner.close()
 
-    async def _all(
-        self, queries: Sequence[Query], ask: Callable[[str, Query], Coroutine[Any, Any, Answer]]
-    ) -> list[Answer]:
+    def _ask_all(self, queries: Sequence[Query], stop: StopRule) -> list[Answer]:
+        answers: dict[Query, Answer] = {}
+
+        def keep(query: Query, answer: Answer) -> Sequence[Query]:
+            answers[query] = answer
+            return ()
+
+        self.converse(list(dict.fromkeys(queries)), keep, stop)
+        return [answers[query] for query in queries]
+
+    async def _converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
         slots = {url: asyncio.Semaphore(self._max_in_flight) for url in self._urls}
+        self._load = dict.fromkeys(self._urls, 0)
 
-        async def one(url: str, query: Query) -> Answer:
+        async def one(url: str, query: Query) -> None:
             async with slots[url]:
-                return await ask(url, query)
+                answer = await self._answer(url, query, stop)
+            self._load[url] -= len(query.token_ids)
+            start(reply(query, answer))
 
-        return await _gather([one(url, query) for url, query in zip(self._route(queries), queries, strict=True)])
+        def start(asked: Sequence[Query]) -> None:
+            for url, query in zip(self._route(asked), asked, strict=True):
+                group.create_task(one(url, query))
+
+        with _first_error():
+            async with asyncio.TaskGroup() as group:
+                start(queries)
+
+    async def _answer(self, url: str, query: Query, stop: StopRule) -> Answer:
+        if isinstance(query, GenerateQuery):
+            return await self._generate(url, query, stop)
+        return await self._score(url, query)
 
     def _route(self, queries: Sequence[Query]) -> list[str]:
-        """An engine for each query: where its beginning went before, else the one with the fewest tokens."""
-        load = dict.fromkeys(self._urls, 0)
+        """An engine for each query: where its beginning went before, else the one with the fewest tokens to do."""
+        load = self._load
         routed = []
         for query in queries:
             key = hash(query.token_ids[:ROUTING_TOKENS])
@@ -151,7 +185,7 @@ class VllmEngine:
             return True
         if "V2 model runner" not in str(answer):
             raise _refused(url, status, answer)
-        answer = await self._ask(url, prefix, self._plugin_request((2,), reread=True))
+        answer = await self._ask(url, prefix, SCORING | self._plugin_request((2,), reread=True))
         if len(answer["prompt_logprobs"]) != 2:
             raise EngineError(
                 f"engine {url} does not run the vLLM plugin of megatron_ra3; install the package where it runs, and "
@@ -160,57 +194,47 @@ class VllmEngine:
         return False
 
     async def _score(self, url: str, query: GateQuery) -> GateScores:
-        score = self._score_natively if self._native_scoring[url] else self._score_by_plugin
-        logprobs, version = await score(url, query, reread=False)
+        # vLLM does not score a prompt's last row by itself: one more token, which no scored row sees, makes it inner.
+        tokens = (*query.token_ids, query.token_ids[-1]) if self._native_scoring[url] else query.token_ids
+        answer = await self._ask(url, tokens, SCORING | self._gate_request(url, tokens, query.rows, reread=False))
+        logprobs = self._read_gates(url, query.rows, answer)
         if logprobs is None:
             self.rescored_queries += 1
-            logprobs, version = await score(url, query, reread=True)
-        if logprobs is None or any(
-            not math.isfinite(value) or value <= NOT_FINITE for row in logprobs for value in row
-        ):
+            answer = await self._ask(url, tokens, SCORING | self._gate_request(url, tokens, query.rows, reread=True))
+            logprobs = self._read_gates(url, query.rows, answer)
+        if logprobs is None or not all(_finite(row) for row in logprobs):
             raise EngineError(f"engine {url}: gate log-probs at rows {query.rows} are not finite: {logprobs}")
-        return GateScores(logprobs, version)
+        return GateScores(logprobs, _weight_version(answer["choices"][0]))
 
-    async def _score_by_plugin(self, url: str, query: GateQuery, *, reread: bool) -> tuple[GateLogprobs | None, int]:
-        """Log-probs per row, or None where the prefix cache hid a row; `reread` computes the whole prefix."""
-        answer = await self._ask(url, query.token_ids, self._plugin_request(query.rows, reread=reread))
-        rows = answer["prompt_logprobs"][1:]
-        if len(rows) != len(query.rows):
-            raise EngineError(f"engine {url}: {len(rows)} scored rows for {len(query.rows)} gate rows")
-        logprobs = tuple(tuple(row[str(token)]["logprob"] for token in self._gate_ids) for row in rows)
-        hidden = any(value < NOT_FINITE for row in logprobs for value in row)
-        return None if hidden else logprobs, _weight_version(answer["choices"][0])
+    def _gate_request(self, url: str, tokens: Sequence[int], rows: Sequence[int], *, reread: bool) -> dict[str, Any]:
+        """Sampling parameters that score gate rows; `reread` computes the whole prefix, cached or not."""
+        if not self._native_scoring[url]:
+            return self._plugin_request(rows, reread=reread)
+        start, wanted, padding = min(rows), set(rows), [-1] * len(self._gate_ids)
+        return {
+            "prompt_logprob_start": start,
+            "prompt_logprob_token_ids": [
+                self._gate_ids if row in wanted else padding for row in range(start, len(tokens) - 1)
+            ],
+            "skip_reading_prefix_cache": reread,
+        }
 
     def _plugin_request(self, rows: Sequence[int], *, reread: bool) -> dict[str, Any]:
-        return SCORING | {
+        return {
             "prompt_logprobs": len(self._gate_ids) - 1,
             "skip_reading_prefix_cache": reread,
             "extra_args": {"gate_rows": list(rows), "gate_ids": self._gate_ids},
         }
 
-    async def _score_natively(self, url: str, query: GateQuery, *, reread: bool) -> tuple[GateLogprobs | None, int]:
-        """As `_score_by_plugin`, with vLLM's own scoring of prompt rows (V2 runner; not run in our tests: needs a GPU).
-
-        vLLM does not score a prompt's last row, so the prompt gets one more token, which no scored row sees.
-        """
-        import numpy as np
-
-        start = min(query.rows)
-        wanted = set(query.rows)
-        padding = [-1] * len(self._gate_ids)
-        sampling = SCORING | {
-            "prompt_logprob_start": start,
-            "prompt_logprob_token_ids": [
-                self._gate_ids if row in wanted else padding for row in range(start, len(query.token_ids))
-            ],
-            "skip_reading_prefix_cache": reread,
-        }
-        answer = await self._ask(url, (*query.token_ids, query.token_ids[-1]), sampling)
-        encoded, version = answer["prompt_token_id_logprobs"], _weight_version(answer["choices"][0])
-        if encoded is None:
-            return None, version
-        scores = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
-        return tuple(tuple(scores[row - start].tolist()) for row in query.rows), version
+    def _read_gates(self, url: str, rows: Sequence[int], answer: dict[str, Any]) -> GateLogprobs | None:
+        """Log-probs of the gate ids per row, or None where the prefix cache hid a row."""
+        if self._native_scoring[url]:
+            return _read_native_gates(rows, answer["prompt_token_id_logprobs"])
+        scored = answer["prompt_logprobs"][1:]
+        if len(scored) != len(rows):
+            raise EngineError(f"engine {url}: {len(scored)} scored rows for {len(rows)} gate rows")
+        logprobs = tuple(tuple(row[str(token)]["logprob"] for token in self._gate_ids) for row in scored)
+        return None if any(value < NOT_FINITE for row in logprobs for value in row) else logprobs
 
     async def _generate(self, url: str, query: GenerateQuery, stop: StopRule) -> Generation:
         sampling = {
@@ -222,7 +246,10 @@ class VllmEngine:
             "logprobs": 0,
             "detokenize": False,
         }
-        choice = (await self._ask(url, query.token_ids, sampling))["choices"][0]
+        if query.rows:
+            sampling |= self._gate_request(url, query.token_ids, query.rows, reread=False)
+        answer = await self._ask(url, query.token_ids, sampling)
+        choice = answer["choices"][0]
         tokens = tuple(choice["token_ids"])
         logprobs = tuple(entry["logprob"] for entry in choice["logprobs"]["content"])
         stopped = bool(tokens) and tokens[-1] in stop.stop_ids
@@ -234,7 +261,10 @@ class VllmEngine:
             )
         if not _finite(logprobs):
             raise EngineError(f"engine {url}: log-probs of sampled tokens are not finite: {logprobs}")
-        return Generation(tokens, logprobs, _weight_version(choice))
+        gates: GateLogprobs | None = self._read_gates(url, query.rows, answer) if query.rows else ()
+        if gates is None or not all(_finite(row) for row in gates):
+            gates = (await self._score(url, GateQuery(query.token_ids, query.rows))).logprobs
+        return Generation(tokens, logprobs, _weight_version(choice), gates)
 
     async def _ask(self, url: str, token_ids: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         status, answer = await self._post(url, token_ids, sampling)
@@ -270,14 +300,31 @@ class VllmEngine:
             raise EngineError(f"engine {url}: {path} failed: {type(error).__name__} {error}") from error
 
 
-async def _gather(requests: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """Results in order; the first error cancels the rest, which makes the engines abort those requests."""
-    try:
+async def _gather(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order."""
+    with _first_error():
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(request) for request in requests]
+    return [task.result() for task in tasks]
+
+
+@contextlib.contextmanager
+def _first_error() -> Iterator[None]:
+    """A task group's first error in place of its group; it has cancelled the rest, whose requests engines abort."""
+    try:
+        yield
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+
+
+def _read_native_gates(rows: Sequence[int], encoded: str | None) -> GateLogprobs | None:
+    """Log-probs as vLLM itself scores them (V2 runner; not run in our tests: needs a GPU), from the first row on."""
+    import numpy as np
+
+    if encoded is None:
+        return None
+    scores = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    return tuple(tuple(scores[row - min(rows)].tolist()) for row in rows)
 
 
 def _refused(url: str, status: int, answer: Any) -> EngineError:
