@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
@@ -63,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
     report.set_defaults(run=_report)
+
+    bench = commands.add_parser("bench", help="measure a part of the system on this machine")
+    benches = bench.add_subparsers(dest="bench", required=True)
+    rollout = benches.add_parser("rollout", help="sampling latents: jump-ahead against line by line")
+    add_rollout_arguments(rollout)
+    rollout.set_defaults(run=run_rollout)
     return parser
 
 

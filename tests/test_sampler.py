@@ -2,127 +2,51 @@
 
 import itertools
 import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 from scipy.stats import chisquare
 
-from megatron_ra3.latents import Kind, LatentFormat, Snippet, Surface, Trajectory
+from megatron_ra3.latents import Kind, Snippet, Surface, Trajectory
 from megatron_ra3.rollout import sampler as sampler_module
 from megatron_ra3.rollout.engine import (
     EngineError,
-    GateQuery,
-    GateScores,
     GenerateQuery,
     Generation,
-    Query,
-    Reply,
     StopRule,
-    converse_in_batches,
 )
-from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
-from tests.table_tokenizer import TableTokenizer
+from megatron_ra3.rollout.sampler import SamplerConfig
+from tests.tabular_engine import (
+    ACT,
+    BLANK_LINE,
+    CAP,
+    END,
+    EOS,
+    FORMATS,
+    HASH,
+    LAWS,
+    LINES,
+    NEWLINE,
+    SNIPPET,
+    THINK,
+    TWELVE,
+    WORD,
+    DisorderlyEngine,
+    Path,
+    TabularEngine,
+    ThinkAt,
+    X,
+    make_sampler,
+    path_of,
+)
 
-EOS, NEWLINE, HASH, WORD, BLANK_LINE, ACT, THINK, END, X, Y = range(10)
-TOKENS = ("<eos>", "\n", "#", "a", "\n\n", "<act>", "<think>", "</think>", "x", "y")
-LINES = ((X,), (Y, X), (X, X, Y), (Y,), (X, Y))
-SNIPPET = Snippet("s", (EOS, Y), LINES, (None,) * len(LINES))
-CAP = 2
 WINDOWS: tuple[Any, ...] = (1, 2, 4, len(LINES), "auto")
 # Surface, exploration, window: each combination is tried either way, the window changing fastest.
 REPLAYED_CASES = [(*case, window) for case in (("newline", 0.3), ("special", 0.0)) for window in WINDOWS]
 COUNTED_CASES = [(*case, window) for case in (("newline", 0.0), ("special", 0.3)) for window in WINDOWS]
-
-Path = tuple[tuple[int, ...] | None, ...]  # per line: no rationale, or its sampled tokens
-
-
-FORMATS: dict[str, LatentFormat] = {
-    surface: LatentFormat.build(surface, TableTokenizer(TOKENS, EOS)) for surface in ("newline", "special")
-}
-
-
-class Law:
-    """A fixed pseudo-random function of the whole prefix, so that a shifted row or a lost token shows."""
-
-    def __init__(self, surface: Surface) -> None:
-        self.surface = surface
-        self.rationale_ids = (WORD, END, NEWLINE) if surface == "special" else (WORD, NEWLINE, BLANK_LINE)
-        self._known: dict[tuple[int, ...], list[float]] = {}
-
-    def think(self, prefix: tuple[int, ...]) -> float:
-        return 0.05 + 0.5 * self._numbers(prefix)[0]
-
-    def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
-        think = self.think(prefix)
-        if self.surface == "newline":
-            return (math.log(think),)
-        mass = 0.01 + 0.1 * self._numbers(prefix)[1]  # the two gate tokens hold a small part of the vocabulary's law
-        return (math.log((1 - think) * mass), math.log(think * mass))
-
-    def rationale(self, prefix: tuple[int, ...]) -> dict[int, float]:
-        weights = [0.1 + number for number in self._numbers(prefix)[2:]]
-        return {token: weight / sum(weights) for token, weight in zip(self.rationale_ids, weights, strict=True)}
-
-    def _numbers(self, prefix: tuple[int, ...]) -> list[float]:
-        if prefix not in self._known:
-            generator = random.Random(repr(prefix))
-            self._known[prefix] = [generator.random() for _ in range(5)]
-        return self._known[prefix]
-
-
-LAWS: dict[str, Law] = {"newline": Law("newline"), "special": Law("special")}
-
-
-@dataclass
-class TabularEngine:
-    law: Any
-    version: int = 0
-    scores_while_generating: bool = True
-    gate_calls: list[list[GateQuery]] = field(default_factory=list)
-    generate_calls: list[list[GenerateQuery]] = field(default_factory=list)
-
-    def gate_logprobs(self, queries: Sequence[GateQuery]) -> list[GateScores]:
-        assert len(set(queries)) == len(queries)
-        assert all(len(query.token_ids) == query.rows[-1] + 1 for query in queries)
-        self.gate_calls.append(list(queries))
-        self.version += 1
-        return [GateScores(self._gates(query), self.version) for query in queries]
-
-    def _gates(self, query: Query) -> tuple[tuple[float, ...], ...]:
-        return tuple(self.law.gate(query.token_ids[: row + 1]) for row in query.rows)
-
-    def generate(self, queries: Sequence[GenerateQuery], stop: StopRule) -> list[Generation]:
-        assert self.scores_while_generating or not any(query.rows for query in queries)
-        self.generate_calls.append(list(queries))
-        self.version += 1
-        return [replace(self._generate(query, stop), gate_logprobs=self._gates(query)) for query in queries]
-
-    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
-        converse_in_batches(self, queries, reply, stop)
-
-    def _generate(self, query: GenerateQuery, stop: StopRule) -> Generation:
-        generator, drawn, logprobs = random.Random(query.seed), [], []
-        while len(drawn) < stop.max_tokens and not (drawn and drawn[-1] in stop.stop_ids):
-            law = self.law.rationale((*query.token_ids, *drawn))
-            drawn += generator.choices(list(law), list(law.values()))
-            logprobs.append(math.log(law[drawn[-1]]))
-        return Generation(tuple(drawn), tuple(logprobs), self.version)
-
-    def health(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def make_sampler(engine: Any, surface: Surface, rollouts: int, **settings: Any) -> Sampler:
-    settings = {"max_rationale_tokens": CAP, "max_sequence_tokens": 100} | settings
-    return Sampler(engine, FORMATS[surface], SamplerConfig(rollouts_per_snippet=rollouts, **settings))
 
 
 @cache
@@ -155,19 +79,6 @@ def enumerate_law(surface: Surface, exploration: float) -> dict[Path, float]:
                 yield (rationale, *path), q * probability * rest
 
     return dict(walk(SNIPPET.prompt, 0))
-
-
-def path_of(trajectory: Trajectory) -> Path:
-    """What was sampled, read back from a trajectory."""
-    rationales: list[tuple[int, ...]] = [() for _ in trajectory.thought]
-    for token, kind, line, sampled in zip(
-        trajectory.token_ids, trajectory.kinds, trajectory.line_index, trajectory.sampled, strict=True
-    ):
-        if kind == Kind.RATIONALE and sampled:
-            rationales[line] += (token,)
-    return tuple(
-        rationale if thought else None for rationale, thought in zip(rationales, trajectory.thought, strict=True)
-    )
 
 
 def pattern(path: Path) -> tuple[bool, ...]:
@@ -264,8 +175,8 @@ def test_window_batch_and_order_change_nothing_that_is_sampled(surface: Surface)
     prompt = SNIPPET.prompt + ((NEWLINE,) if surface == "newline" else (ACT,)) + LINES[0]
     other = Snippet("t", prompt, LINES[1:], (None,) * 4)  # same tokens as SNIPPET's first window, from a later line on
 
-    def draw(snippets: list[Snippet], window: Any) -> dict[str, list[dict[str, object]]]:
-        sampler = make_sampler(TabularEngine(LAWS[surface]), surface, 50, window=window, gate_exploration=0.1)
+    def draw(snippets: list[Snippet], window: Any, engine: Any = TabularEngine) -> dict[str, list[dict[str, object]]]:
+        sampler = make_sampler(engine(LAWS[surface]), surface, 50, window=window, gate_exploration=0.1)
         groups = sampler.sample(snippets, seed=5)
         records = {group[0].snippet_id: [trajectory.to_json() for trajectory in group] for group in groups}
         for record in itertools.chain.from_iterable(records.values()):
@@ -277,6 +188,9 @@ def test_window_batch_and_order_change_nothing_that_is_sampled(surface: Surface)
         assert draw([SNIPPET, other], window) == expected
     assert draw([other, SNIPPET], "auto") == expected
     assert draw([other], 2) == {"t": expected["t"]}
+    for window in (1, "auto"):
+        assert draw([SNIPPET, other], window, DisorderlyEngine) == expected
+    assert draw([SNIPPET, other], "auto", partial(TabularEngine, scores_while_generating=False)) == expected
 
 
 def test_draws_differ_by_seed_rollout_and_repetition() -> None:
@@ -286,80 +200,6 @@ def test_draws_differ_by_seed_rollout_and_repetition() -> None:
     groups = [[path_of(trajectory) for trajectory in group] for group in (first, again, other_seed)]
     assert all(len(set(group)) > 20 for group in groups)
     assert all(a != b for a, b in itertools.combinations(groups, 2))
-
-
-class ThinkAt:
-    """Thinks almost surely before the lines (0-based) in `lines`, never elsewhere; every line is the token X."""
-
-    def __init__(self, *lines: int) -> None:
-        self.lines = lines
-
-    def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
-        return (-1e-300,) if prefix.count(X) in self.lines else (-1000.0,)
-
-    def rationale(self, prefix: tuple[int, ...]) -> dict[int, float]:
-        return {WORD: 0.5, NEWLINE: 0.5}
-
-
-TWELVE = Snippet("twelve", (EOS,), ((X,),) * 12, (None,) * 12)
-
-
-def test_jump_ahead_asks_less_and_rollouts_share_their_past() -> None:
-    """All four rollouts think before line 5; afterwards there is one past per distinct rationale."""
-
-    def counts(window: Any) -> tuple[int, int, int]:
-        engine = TabularEngine(ThinkAt(5))
-        sampler = make_sampler(engine, "newline", 4, window=window)
-        (trajectories,) = sampler.sample([TWELVE], seed=3)
-        assert [trajectory.thought.index(True) for trajectory in trajectories] == [5] * 4
-        assert len({path_of(trajectory) for trajectory in trajectories}) == 3
-        stats = sampler.stats
-        assert stats.gate_queries == sum(map(len, engine.gate_calls))
-        assert stats.gate_rows == sum(len(query.rows) for call in engine.gate_calls for query in call)
-        assert (stats.generate_requests, stats.lines, stats.thinks, stats.forced_acts) == (4, 48, 4, 0)
-        assert stats.rationale_tokens == sum(
-            len(rationale) for trajectory in trajectories for rationale in path_of(trajectory) if rationale
-        )
-        assert stats.prompt_tokens == sum(
-            len(query.token_ids) for call in (*engine.gate_calls, *engine.generate_calls) for query in call
-        )
-        assert len(engine.generate_calls) == 1
-        return stats.gate_queries, stats.gate_rows, len(engine.gate_calls)
-
-    # 6 gates are shared by all, the last 6 are asked for each of the 3 distinct rationales
-    assert counts(1) == (6 + 3 * 6, 6 + 3 * 6, 12)
-    assert counts(4) == (2 + 3 * 2, 4 + 4 + 3 * 6, 4)
-    assert counts(12) == (1 + 3, 12 + 3 * 6, 2)
-
-
-def test_rare_thinks_cost_a_tenth_of_the_queries() -> None:
-    long = Snippet("long", (EOS,), ((X,),) * 120, (None,) * 120)
-    queries = {}
-    for window in (1, "auto"):
-        sampler = make_sampler(TabularEngine(ThinkAt(40)), "newline", 8, window=window, max_sequence_tokens=1000)
-        sampler.sample([long], seed=0)
-        queries[window] = sampler.stats.gate_queries
-    assert queries[1] == 41 + 3 * 79
-    assert queries["auto"] < queries[1] / 10
-
-
-def test_automatic_window_follows_the_think_rate() -> None:
-    long = Snippet("long", (EOS,), ((X,),) * 400, (None,) * 400)
-
-    def windows(law: Any, calls: int) -> list[int]:
-        engine = TabularEngine(law)
-        sampler = make_sampler(engine, "newline", 1, max_sequence_tokens=10_000)
-        for seed in range(calls):
-            sampler.sample([long], seed=seed)
-        return [len(call[0].rows) for call in engine.gate_calls]
-
-    never = windows(ThinkAt(), 2)
-    assert never[:4] == [16, 17, 18, 20]
-    assert max(never) == 64
-    assert never[-2] == 64  # the estimate is kept between calls
-    always = windows(ThinkAt(*range(400)), 1)
-    assert always[:2] == [16, 16]
-    assert set(always[60:]) == {1}
 
 
 def test_think_is_refused_where_it_would_not_fit() -> None:
@@ -492,7 +332,7 @@ def test_gate_law_at_its_ends() -> None:
 
 
 def test_nan_of_a_broken_model_is_an_engine_error() -> None:
-    class Broken:
+    class Broken(ThinkAt):
         def gate(self, prefix: tuple[int, ...]) -> tuple[float, ...]:
             return (math.nan,)
 

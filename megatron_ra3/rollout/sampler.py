@@ -289,11 +289,11 @@ class Sampler:
     def _take(self, rollouts: Sequence[_Rollout], query: Query, answer: Answer) -> None:
         """Note the gates for all that wait for them; the rationale, if it was for those, is the first one's alone."""
         gates = answer.gate_logprobs if isinstance(answer, Generation) else answer.logprobs
-        for rollout in rollouts if query.rows else ():
-            rollout.past.asked = None
-            first = rollout.trajectory.num_lines
-            for line, logprobs in enumerate(gates, first):
-                rollout.past.gates[line] = self._gate_law(rollout, line, logprobs, answer.weight_version)
+        for past, rollout in {rollout.past: rollout for rollout in rollouts}.items():
+            if past.asked == query:
+                past.asked = None
+            for line, logprobs in enumerate(gates, rollout.trajectory.num_lines):
+                past.gates[line] = self._gate_law(rollout, line, logprobs, answer.weight_version)
         if isinstance(answer, Generation):
             self._take_rationale(rollouts[0], query, answer)
 

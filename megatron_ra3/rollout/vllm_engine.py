@@ -285,19 +285,27 @@ class VllmEngine:
     async def _request(self, method: str, url: str, path: str, timeout_s: float, **options: Any) -> tuple[int, Any]:
         import aiohttp
 
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, url + path, timeout=timeout, **options) as response:
-                body = await response.text()
-                is_json = response.content_type == "application/json"
-                return response.status, json.loads(body) if is_json else body
+            try:
+                return await self._send(method, url + path, timeout_s, **options)
+            except aiohttp.ServerDisconnectedError:  # of an idle connection as a rule, and asking twice does no harm
+                return await self._send(method, url + path, timeout_s, **options)
         except TimeoutError as error:
             raise EngineError(f"engine {url}: no answer to {path} within timeout_s={timeout_s:g}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EngineError(f"engine {url}: {path} failed: {type(error).__name__} {error}") from error
+
+    async def _send(self, method: str, address: str, timeout_s: float, **options: Any) -> tuple[int, Any]:
+        import aiohttp
+
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self._session.request(method, address, timeout=timeout, **options) as response:
+            body = await response.text()
+            is_json = response.content_type == "application/json"
+            return response.status, json.loads(body) if is_json else body
 
 
 async def _gather(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
