@@ -161,7 +161,7 @@ class EStep:
         variants = self._pack(found.variants)
         batches = [FinalLineBatch([found.variants[index] for index in indices], self.format) for indices in variants]
         logprobs = self.trainer.score([batch.micro_batch for batch in batches])
-        line = torch.zeros(len(found.variants))
+        line = torch.zeros(len(found.variants), dtype=own[0].dtype)
         for indices, batch, values in zip(variants, batches, logprobs, strict=True):
             line[torch.tensor(indices)] = batch.read(values.cpu())
         joined, owner = torch.cat(own), torch.tensor(found.owners)

@@ -1,4 +1,4 @@
-"""Five optimizer steps of both losses are the same number under every layout and micro-batch size."""
+"""Five optimizer steps of every loss are the same number under every layout and micro-batch size."""
 
 import random
 from pathlib import Path
@@ -10,6 +10,7 @@ from megatron_ra3.estep import EStep
 from megatron_ra3.latents import LatentFormat, Snippet, Trajectory
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import build_model
+from megatron_ra3.model.reference import Reference
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 from megatron_ra3.mstep import NextToken
 from megatron_ra3.presets import ObjectiveConfig
@@ -20,6 +21,16 @@ VOCABULARY = 64
 FORMAT = LatentFormat("newline", (0,), (1,), (), (2,), (2,), (1,), frozenset({1}), frozenset({0, 1}), frozenset({1}))
 LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)], 4: [(2, 2)]}
 GROUPS, ROLLOUTS, STEPS = 4, 3, 5
+EVERYTHING = ObjectiveConfig(
+    latent_cost="sticky_kl",
+    stickiness=0.8,
+    baseline="both",
+    reference_kl=0.3,
+    ppo_clip=0.2,
+    gate_entropy_floor=0.5,
+    line_reward="sum",
+)
+ESTEPS = {"estep": ObjectiveConfig(), "everything": EVERYTHING}
 
 
 def _groups(step: int) -> list[list[Trajectory]]:
@@ -46,20 +57,25 @@ def _rollout(draw: random.Random, lines: tuple[tuple[int, ...], ...]) -> Traject
     return trajectory
 
 
-def _train(tp: int, pp: int, folder: str, micro_batch_tokens: int, objective: str) -> list[list[list[float]]]:
+def _train(tp: int, pp: int, folder: Path, micro_batch_tokens: int, objective: str) -> list[list[list[float]]]:
     """Metrics per step; every rank returns the same."""
     layout = parallel.initialize(tp, pp, seed=0, timeout_s=60)
     model = build_model({**MODEL, "vocab_size": VOCABULARY}, layout, dtype=torch.float32)
     names.import_hf(model, folder)
     trainer = Trainer(model, build_optimizer(model, lr=0.0), layout)
-    estep = EStep(ObjectiveConfig(), 1e-4, trainer, layout, FORMAT, micro_batch_tokens)
+    settings = ESTEPS.get(objective, EVERYTHING)
+    reference = Reference(trainer, folder.with_name("reference"))
+    estep = EStep(settings, 1e-4, trainer, layout, FORMAT, micro_batch_tokens, reference)
     next_token = NextToken(trainer, layout, FORMAT, micro_batch_tokens)
     curve: list[list[float]] = []
     for step in range(STEPS):
         groups = _groups(step)[layout.dp_rank :: layout.dp_size]
-        if objective == "estep":
+        if objective in ESTEPS:
             metrics = estep.update(groups)
-            curve.append([metrics[name] for name in ("loss", "grad_norm", "reward", "mismatch")])
+            figures = ["loss", "grad_norm", "reward", "mismatch"]
+            if settings is EVERYTHING:
+                figures += ["advantage_think", "gain_per_think", "gate_kl", "reference_kl"]
+            curve.append([metrics[name] for name in figures])
         else:
             flat = [item for group in groups for item in group]
             metrics = next_token.update(flat, latent_weight=0.5, lr=1e-2)
@@ -68,13 +84,13 @@ def _train(tp: int, pp: int, folder: str, micro_batch_tokens: int, objective: st
 
 
 def _train_all(
-    layouts: list[tuple[int, int]], folder: str, sizes: list[int]
+    layouts: list[tuple[int, int]], folder: Path, sizes: list[int]
 ) -> dict[tuple[object, ...], list[list[float]]]:
     results = {
         (objective, layout, size): _train(*layout, folder, size, objective)
         for layout in layouts
         for size in sizes
-        for objective in ("estep", "next_token")
+        for objective in (*ESTEPS, "next_token")
     }
     parallel.destroy()
     return results
@@ -83,18 +99,19 @@ def _train_all(
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, ...], list[list[float]]]:
     folder: Path = tmp_path_factory.mktemp("invariance") / "model"
-    names.init_hf(folder, {**MODEL, "vocab_size": VOCABULARY}, 0)
+    for seed, path in enumerate((folder, folder.with_name("reference"))):
+        names.init_hf(path, {**MODEL, "vocab_size": VOCABULARY}, seed)
     sizes = {1: [100_000, 150, 40], 2: [150], 4: [150]}
     found: dict[tuple[object, ...], list[list[float]]] = {}
     for world_size, layouts in LAYOUTS.items():
-        for result in run_ranks(_train_all, world_size, layouts, str(folder), sizes[world_size]):
+        for result in run_ranks(_train_all, world_size, layouts, folder, sizes[world_size]):
             for (objective, layout, size), curve in result.items():
                 key = (objective, (*layout, world_size // (layout[0] * layout[1])), size)
                 assert found.setdefault(key, curve) == curve, f"ranks disagree about {key}"
     return found
 
 
-@pytest.mark.parametrize("objective", ["estep", "next_token"])
+@pytest.mark.parametrize("objective", [*ESTEPS, "next_token"])
 def test_losses_do_not_depend_on_the_split(curves, objective):
     reference = torch.tensor(curves[objective, (1, 1, 1), 100_000])
     scale = reference.norm(dim=0)
