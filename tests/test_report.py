@@ -5,11 +5,15 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_ra3.config import load_config
 from megatron_ra3.report.metrics import MetricsLog
 from megatron_ra3.report.samples import SampleLog
+from megatron_ra3.report.signatures import Detector
+from megatron_ra3.report.summary import summarize, table
 
 
 class _Characters:
@@ -18,7 +22,19 @@ class _Characters:
 
 
 def _metrics(folder: Path, *, writes: bool = True, wandb_project: str = "") -> MetricsLog:
-    return MetricsLog(folder, total_steps=10, writes=writes, wandb_project=wandb_project, settings={"seed": 0})
+    config = load_config(None, ["run_folder=r", "corpus.folder=c", "model.folder=m", "mstep.steps=32"])
+    return MetricsLog(
+        folder,
+        total_steps=10,
+        writes=writes,
+        wandb_project=wandb_project,
+        settings={"seed": 0},
+        detector=Detector(config),
+    )
+
+
+def _step(number: int, phase: str = "warmup", **metrics: float) -> dict[str, Any]:
+    return {"step": number, "phase": phase, "round": 1, "seconds": 1.0, **metrics}
 
 
 def _steps(folder: Path) -> list[int]:
@@ -28,14 +44,14 @@ def _steps(folder: Path) -> list[int]:
 def test_metrics_go_on_from_a_checkpoint_without_a_step_twice(tmp_path):
     log = _metrics(tmp_path)
     for step in (1, 2):
-        log.write("warmup", {"step": step})
+        log.write("warmup", _step(step))
     saved = log.offset
     assert saved == (tmp_path / "metrics.jsonl").stat().st_size
-    log.write("warmup", {"step": 3})
+    log.write("warmup", _step(3))
     log.close()
     resumed = _metrics(tmp_path)
     resumed.rewind(saved, 2)
-    resumed.write("warmup", {"step": 3})
+    resumed.write("warmup", _step(3))
     resumed.close()
     assert _steps(tmp_path) == [1, 2, 3]
 
@@ -53,6 +69,38 @@ def test_a_log_that_lost_bytes_is_refused_and_left_alone(tmp_path, name, left):
     assert (tmp_path / name).read_text() == left
 
 
+def test_a_signature_is_logged_once_also_when_the_run_resumes_and_stands_in_the_table(tmp_path, capsys):
+    log = _metrics(tmp_path)
+    for step in range(1, 17):
+        log.write("mstep", _step(step, "mstep", loss=2.0, tokens=8))
+    saved = log.offset
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 17
+    message = lines[-1].partition(" signature ce_not_falling: ")[2]
+    assert message.startswith("M-step cross-entropy 2.0000 -> 2.0000 nats, a fall of 0 % < 1 % over 16 steps: noisy")
+
+    resumed = _metrics(tmp_path)
+    resumed.rewind(saved, 16)
+    for step in range(17, 33):
+        resumed.write("mstep", _step(step, "mstep", loss=2.0, tokens=8))
+    held_out = {"nats_per_code_token": 1.5, "act_nats_per_code_token": 1.6, "nats_code_only": 1.4}
+    resumed.write("evaluate", _step(33, "evaluate", **held_out))
+    resumed.close()
+    assert "signature" not in capsys.readouterr().out
+    carriers = [json.loads(line).get("signatures") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert carriers == [*[None] * 15, {"ce_not_falling": message}, *[None] * 17]
+
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    (healthy / "metrics.jsonl").write_text(json.dumps(_step(1, "evaluate", **held_out)) + "\n")
+    summary = summarize({"ntp": healthy, "ra3": tmp_path})
+    entry = {"step": 16, "phase": "mstep", "round": 1, "name": "ce_not_falling", "message": message}
+    assert summary["signatures"] == {"ntp": [], "ra3": [entry]}
+    assert table(summary).splitlines()[-2:] == ["failure signatures", f"  ra3     ce_not_falling, round 1: {message}"]
+    assert table(summarize({"ntp": healthy})).splitlines()[-1] == "failure signatures: none"
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -64,7 +112,7 @@ def test_the_bar_ends_full_when_a_phase_ended_early(tmp_path, monkeypatch):
     log = _metrics(tmp_path)
     log.rewind(0, 3)
     log.shorten(6)
-    log.write("mstep", {"step": 4})
+    log.write("mstep", _step(4, "mstep", loss=1.0))
     log.close()
     shown = terminal.getvalue()
     assert " 0/10 [" in shown
