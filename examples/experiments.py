@@ -1,0 +1,254 @@
+"""What the experiments share: their command line, base models on two corpora, runs that are kept, and their results.
+
+A run is a subprocess of `ra3 midtrain` with a folder and a log of its own. One that is finished under the same settings
+is not started again, so an interrupted experiment goes on where it stopped, and its plots can be redrawn at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_ra3.config import NextTokenConfig, RunConfig, load_config
+from megatron_ra3.report.experiments import Column, Record, Row, markdown, run_figures, write_results
+
+EXAMPLES = Path(__file__).parent
+CONTROL = EXAMPLES / "positive_control" / "run.py"
+CONFIGS = {
+    "positive_control": EXAMPLES / "positive_control" / "run.yaml",
+    "stdlib": EXAMPLES / "quickstart" / "run.yaml",
+}
+STDLIB_CORPUS = ("--tokenizer-vocab", "4096", "--max-lines", "16", "--max-chars", "640", "--heldout-fraction", "0.05")
+SMALL_CORPUS = (
+    *("--limit-files", "40", "--tokenizer-vocab", "512", "--max-lines", "8"),
+    *("--max-chars", "200", "--heldout-fraction", "0.2"),
+)
+PERCENT = (0.0, 100.0)
+POSITIVE = (0.0, float("inf"))
+CONTROL_FIGURES = ("accuracy_hard", "accuracy_hard_act", "think_rate_hard", "think_rate_easy", "rationale_correct")
+"""What is taken from the positive control's own evaluation, fractions; `_act`: with `<act>` everywhere."""
+SMALL_CONTROL = ("--programs", "4000")
+SMALL = (
+    "warmup.snippets_per_step=4",
+    "estep.steps=2",
+    "estep.snippets_per_step=2",
+    "estep.rollouts_per_snippet=3",
+    "mstep.steps=2",
+    "mstep.snippets_per_step=4",
+    "latents.max_rationale_tokens=4",
+    "evaluate.snippets=8",
+    "engine.kind=inprocess",
+)
+"""Settings of a run that shows that everything works and nothing else."""
+NOTHING_LEARNT = (
+    "em.rounds=1",
+    "estep.steps=0",
+    "mstep.steps=1",
+    "mstep.snippets_per_step=8",
+    "mstep.learning_rate=0",
+)
+"""One EM round that leaves the weights alone: the base model's own latents, measured as after any other round."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where all runs of one seed start: a corpus, a base model trained on it, and the settings that go with them."""
+
+    corpus: Path
+    model: Path
+    seed: int
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of several runs: where it happens, on what, and with which settings."""
+
+    corpus: str
+    out: Path
+    bases: Path
+    seeds: Sequence[int]
+    small: bool
+    base_steps: int | None
+    base_settings: Sequence[str]
+    settings: Sequence[str]
+
+    @property
+    def config(self) -> Path:
+        """The YAML file of all its runs."""
+        return CONFIGS[self.corpus]
+
+    def base(
+        self,
+        seed: int,
+        name: str = "line",
+        *,
+        granularity: str = "line",
+        settings: Sequence[str] = (),
+        blocks: bool = False,
+    ) -> Base:
+        """The base model of one seed, trained unless it is there: native comments observed at `granularity`.
+
+        One made by `positive_control/run.py base` and put (or linked) in its place is taken as it is.
+
+        Args:
+            seed: of the weights, the order of the data and, on the positive control, the data.
+            name: of its folder, `<corpus>-<name>-seed<seed>`.
+            granularity: what one action is.
+            settings: further settings of the base model and of all runs from it.
+            blocks: on the positive control, write pairs of lines as compound statements.
+        """
+        inherited = [f"seed={seed}", f"objective.granularity={granularity}", *settings, *self.base_settings]
+        corpus = f"{self.corpus}{'-small' if self.small else ''}"
+        folder = self.bases / f"{corpus}-{name}-seed{seed}"
+        if self.corpus == "positive_control":
+            command = ["base", "--seed", str(seed), "--granularity", granularity, *(["--blocks"] if blocks else [])]
+            return self._control_base(folder, command, seed, inherited)
+        return self._stdlib_base(folder, self.bases / f"{corpus}-corpus", seed, ["parallel.tensor=1", *inherited])
+
+    def run(self, base: Base, name: str, *settings: str) -> Record:
+        """Train from `base` unless that is done; returns the run's figures (`run_figures`), with `seed`.
+
+        On the positive control also `CONTROL_FIGURES`.
+        """
+        folder = self.folder(base, name)
+        self.midtrain(folder, *self._start(base), *settings)
+        figures: Record = {"seed": base.seed, **run_figures(folder)}
+        return figures | self._control_figures(folder) if self.corpus == "positive_control" else figures
+
+    def folder(self, base: Base, name: str) -> Path:
+        """The run folder of `name` from `base`."""
+        return self.out / "runs" / f"{name}-seed{base.seed}"
+
+    def resolved(self, base: Base, *settings: str) -> RunConfig:
+        """The configuration of a run from `base`."""
+        return load_config(self.config, [f"run_folder={self.out}", *self._start(base), *settings])
+
+    def ntp_settings(self, base: Base) -> list[str]:
+        """Settings of the NTP baseline: as many snippets and updates as the M-steps of a run from `base`."""
+        config = self.resolved(base)
+        names = [item.name for item in fields(NextTokenConfig) if item.name not in ("steps", "max_tokens")]
+        same = [f"warmup.{name}={getattr(config.mstep, name)}" for name in names]
+        steps = config.em.rounds * config.mstep.steps
+        return ["em.rounds=0", "latents.comments=strip", f"warmup.steps={steps}", *same]
+
+    def midtrain(self, folder: Path, *settings: str) -> None:
+        """Run, resume or skip `ra3 midtrain`; SystemExit with the end of its log when it fails."""
+        command = [*_RA3, "midtrain", str(self.config), f"run_folder={folder}", *settings]
+        self._once(command, folder, folder / "summary.json")
+
+    def publish(
+        self, records: Sequence[Record], rows: Sequence[Row], headings: Mapping[str, str], columns: Sequence[Column]
+    ) -> None:
+        """Write data, results and table into the experiment's folder, and print the table."""
+        table = markdown(rows, headings, columns)
+        description = {
+            "experiment": self.out.name,
+            "corpus": self.corpus,
+            "seeds": list(self.seeds),
+            "small": self.small,
+            "settings": [*self.base_settings, *self.settings],
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+        write_results(self.out, description, records, rows, table)
+        print(f"\n{table}\n\n{self.out}: table.md, results.json, data.csv, *.png", flush=True)
+
+    def _start(self, base: Base) -> list[str]:
+        """Settings of every run from `base`."""
+        places = [f"corpus.folder={base.corpus}", f"model.folder={base.model}", "warmup.steps=0"]
+        return [*places, *(SMALL if self.small else ()), *base.settings, *self.settings]
+
+    def _once(self, command: Sequence[str], folder: Path, result: Path) -> None:
+        """Call `command` unless this very command has made `result`; `folder` keeps it, its log stands beside."""
+        record = folder / "command.json"
+        if record.is_file() and result.is_file() and json.loads(record.read_text(encoding="utf-8")) == list(command):
+            return
+        _call(command, folder.with_name(f"{folder.name}.log"), folder.name)
+        record.write_text(json.dumps(command, indent=1) + "\n", encoding="utf-8")
+
+    def _stdlib_base(self, folder: Path, corpus: Path, seed: int, settings: Sequence[str]) -> Base:
+        if not (corpus / "manifest.json").is_file():
+            size = SMALL_CORPUS if self.small else STDLIB_CORPUS
+            _call([*_RA3, "prepare", "--stdlib", "--out", str(corpus), *size], corpus.with_suffix(".log"), "corpus")
+        places = [f"corpus.folder={corpus}", f"model.folder={EXAMPLES / 'quickstart' / 'model'}", "model.init=random"]
+        steps = 3 if self.small else self.base_steps or 300
+        small = SMALL if self.small else ()
+        self.midtrain(folder, *places, *small, *settings, "em.rounds=0", f"warmup.steps={steps}")
+        return Base(corpus, folder / "export", seed, tuple(settings))
+
+    def _control_base(self, folder: Path, command: Sequence[str], seed: int, settings: Sequence[str]) -> Base:
+        steps = 3 if self.small else self.base_steps
+        training = [*(SMALL if self.small else ()), *settings, *([f"warmup.steps={steps}"] if steps else [])]
+        command = [sys.executable, str(CONTROL), *command, "--out", str(folder)]
+        command += [*(SMALL_CONTROL if self.small else ()), *(f"--set={setting}" for setting in training)]
+        if (folder / "command.json").is_file() or not (folder / "base" / "summary.json").is_file():
+            self._once(command, folder, folder / "base" / "summary.json")
+        return Base(folder / "corpus", folder / "base" / "export", seed, tuple(settings))
+
+    def _control_figures(self, folder: Path) -> Record:
+        """What the positive control measures on its held-out programs, kept beside the run."""
+        path = folder / "control.json"
+        if not path.is_file() or path.stat().st_mtime < (folder / "summary.json").stat().st_mtime:
+            command = [sys.executable, str(CONTROL), "evaluate", "--run", str(folder), "--out", str(path)]
+            command += ["--programs", "20"] if self.small else []
+            _call(command, folder.with_name(f"{folder.name}.log"), f"{folder.name} evaluated")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in CONTROL_FIGURES}
+
+
+def experiment(description: str, add_arguments: Any = None) -> tuple[Experiment, argparse.Namespace]:
+    """Parse the command line that all experiments share; `add_arguments(parser)` adds those of one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", choices=list(CONFIGS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, table, data and plots")
+    parser.add_argument("--bases", type=Path, help="folder of base models, shared by experiments (default OUT/bases)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default 0 1 2")
+    parser.add_argument("--base-steps", type=int, help="of a base model (default: 300 on stdlib, else as configured)")
+    for option, text in (("--base-set", "a setting of base models and runs; repeat"), ("--set", "of the runs alone")):
+        parser.add_argument(option, action="append", default=[], metavar="KEY=VALUE", help=text)
+    parser.add_argument("--small", action="store_true", help="a minute or two, to see that everything works")
+    if add_arguments is not None:
+        add_arguments(parser)
+    given = parser.parse_args()
+    shared = Experiment(
+        corpus=given.corpus,
+        out=given.out,
+        bases=given.bases or given.out / "bases",
+        seeds=given.seeds,
+        small=given.small,
+        base_steps=given.base_steps,
+        base_settings=given.base_set,
+        settings=given.set,
+    )
+    return shared, given
+
+
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000", **os.environ}
+"""Memory is given back late: with models this small, page faults would cost a fifth of the time."""
+_RA3 = [sys.executable, "-m", "megatron_ra3"]
+
+
+def _call(command: Sequence[str], log: Path, label: str) -> None:
+    """Run a command into its log with one line on the screen; Ctrl-C reaches it too, and is given time to save."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M:%S')} {label:<44} ", end="", flush=True)
+    started = time.monotonic()
+    with log.open("a", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_ENVIRONMENT)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    print(f"{'done' if status == 0 else f'status {status}'} in {time.monotonic() - started:.0f} s", flush=True)
+    if status:
+        tail = log.read_text(encoding="utf-8").splitlines()[-15:]
+        raise SystemExit("\n".join([*tail, f"{label} ended with status {status}; all of it is in {log}"]))
