@@ -179,9 +179,10 @@ def _check_model(
         )
     longest = hf_config["max_position_embeddings"]
     if longest < config.max_sequence_tokens:
+        fits = longest * config.corpus.max_snippet_tokens // config.max_sequence_tokens
         raise ValueError(
             f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}: with rationales a trajectory may take "
-            f"{config.max_sequence_tokens} tokens but the model has {longest} positions; lower it to {longest // 2}"
+            f"{config.max_sequence_tokens} tokens but the model has {longest} positions; lower it to {fits}"
         )
 
 

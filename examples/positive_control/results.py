@@ -1,0 +1,127 @@
+"""Figures of one seed, their mean over seeds with intervals, and the budgets of the baselines.
+
+Reads the run folders' own metrics and configs, so that budgets and reported costs are one count. Pure Python.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from costs import Cost, forward_flops, run_cost
+from evaluate import run_config
+from programs import ProgramConfig
+
+from megatron_ra3.config import to_dict
+from megatron_ra3.report.experiments import Estimate
+from megatron_ra3.report.summary import read_metrics
+
+RUNS = ("base", "ra3", "ntp", "ntp_flops")
+
+
+def matched_tokens(out: Path) -> dict[str, int]:
+    """Training tokens of the baselines `ntp` and `ntp_flops` for the finished runs `base` and `ra3` in `out`."""
+    pipeline = cost(out, "base") + cost(out, "ra3")
+    length = tokens_per_program(out)
+    per_token = 3.0 * forward_flops(_model(out), length)
+    return {"ntp": math.ceil(pipeline.training_tokens), "ntp_flops": math.ceil(pipeline.flops / per_token)}
+
+
+def cost(out: Path, name: str) -> Cost:
+    """Cost of the run `name`."""
+    settings = to_dict(run_config(out / name))
+    lines, length = program_lines(out), tokens_per_program(out)
+    return run_cost(read_metrics(out / name), settings, _model(out), lines=lines, act_tokens=length)
+
+
+def program_lines(out: Path) -> int:
+    """T: lines of every program."""
+    saved = json.loads((out / "program.json").read_text(encoding="utf-8"))
+    return ProgramConfig(**{key: value for key, value in saved.items() if key not in ("programs", "seed")}).lines
+
+
+def tokens_per_program(out: Path) -> float:
+    """N: mean tokens of a program with `<act>` before every line, from what the base model was trained on."""
+    lines = program_lines(out)
+    count = run_config(out / "base").warmup.snippets_per_step
+    return statistics.fmean(
+        step["tokens"] / count - step["think_rate"] * lines * step["rationale_tokens"]
+        for step in read_metrics(out / "base")
+        if step["phase"] == "warmup"
+    )
+
+
+def seed_result(out: Path, seed: int) -> dict[str, Any]:
+    """All figures of one seed; `ntp` and `ntp_flops` are judged with `<act>` everywhere, as they were trained.
+
+    A baseline that was not evaluated is left out.
+    """
+    runs = [name for name in RUNS if name in RUNS[:2] or (out / f"{name}.json").is_file()]
+    found = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in runs}
+    ra3, base = found["ra3"], found["base"]
+    costs = {name: cost(out, name) for name in runs}
+    steps = {name: read_metrics(out / name) for name in runs}
+    return {
+        "seed": seed,
+        **{name: ra3[name] for name in ("think_rate_hard", "think_rate_easy", "rationale_tokens", "needed_tokens")},
+        "rationale_correct": ra3["rationale_correct"],
+        "accuracy_hard_ra3": ra3["accuracy_hard"],
+        "accuracy_hard_ra3_act": ra3["accuracy_hard_act"],
+        **{f"accuracy_hard_{name}": found[name]["accuracy_hard_act"] for name in runs[2:]},
+        "accuracy_hard_base": base["accuracy_hard"],
+        "accuracy_hard_base_act": base["accuracy_hard_act"],
+        "think_rate_hard_base": base["think_rate_hard"],
+        "think_rate_easy_base": base["think_rate_easy"],
+        "rationale_correct_base": base["rationale_correct"],
+        "accuracy_hard_by_hops": {name: found[name]["accuracy_hard_by_hops"] for name in runs},
+        "nats_per_code_token": {name: found[name]["nats_per_code_token"] for name in runs},
+        "hard_lines": ra3["hard_lines"],
+        "training_tokens": {name: round(item.training_tokens) for name, item in costs.items()},
+        "flops": {name: item.flops for name, item in costs.items()},
+        "seconds": {name: round(sum(step["seconds"] for step in steps[name]), 1) for name in runs},
+        "estep_think_rate": [round(step["think_rate"], 4) for step in steps["ra3"] if step["phase"] == "estep"],
+        "estep_reward": [round(step["reward"], 4) for step in steps["ra3"] if step["phase"] == "estep"],
+    }
+
+
+def aggregate(paths: Sequence[Path]) -> dict[str, Any]:
+    """Means over seeds at the top level, 95 % intervals (Student's t) under `interval`, and all seeds."""
+    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    names = [name for name, value in seeds[0].items() if isinstance(value, float)]
+    estimates = {name: Estimate.of([seed[name] for seed in seeds]) for name in names}
+    gains = {
+        f"gain_over_{name}": Estimate.of([seed["accuracy_hard_ra3"] - seed[f"accuracy_hard_{name}"] for seed in seeds])
+        for name in RUNS[2:]
+        if f"accuracy_hard_{name}" in names
+    }
+    estimates |= gains
+    return {
+        **{name: estimate.mean for name, estimate in estimates.items()},
+        "seeds": [seed["seed"] for seed in seeds],
+        "interval": {
+            name: [estimate.mean - estimate.half_width, estimate.mean + estimate.half_width]
+            for name, estimate in estimates.items()
+            if estimate.half_width is not None
+        },
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), one per seed",
+        "commit": _commit(),
+        "per_seed": seeds,
+    }
+
+
+def _model(out: Path) -> Mapping[str, Any]:
+    model: dict[str, Any] = json.loads((out / "base" / "export" / "config.json").read_text(encoding="utf-8"))
+    return model
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
