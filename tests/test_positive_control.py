@@ -62,7 +62,8 @@ def test_sources_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert [text.count("assert") for text in first] == [100 * 3, 50 * 3]
 
 
-def test_every_digit_is_as_likely_whatever_was_asked_before() -> None:
+def test_earlier_questions_tell_little_about_the_next() -> None:
+    """A chain with one variable to ask for cannot be asked again, so it is a little less than a third."""
     draw = random.Random(0)
     same = total = 0
     for _ in range(2000):
@@ -70,7 +71,7 @@ def test_every_digit_is_as_likely_whatever_was_asked_before() -> None:
         digits = [row[-1] for row in text.splitlines() if row.startswith("assert")]
         same += (digits[0] == digits[1]) + (digits[1] == digits[2])
         total += 2
-    assert same / total == pytest.approx(1 / 3, abs=0.07)
+    assert same / total == pytest.approx(0.26, abs=0.02)
 
 
 @pytest.mark.parametrize("settings", [{"assignments": 5}, {"pairs": 8}, {"roots": 11}])

@@ -148,7 +148,7 @@ def _chain(name: str, values: dict[str, str]) -> str:
 
 
 def _asked(values: dict[str, str], config: ProgramConfig, draw: random.Random) -> list[str]:
-    """Different chains to ask for: all digits equally likely each time, whatever the questions before were."""
+    """Different chains to ask for: each digit equally likely while its chain has a variable left to ask for."""
     chains = [_chain(name, values) for name in values]
     asked: list[str] = []
     while len(asked) < config.pairs:

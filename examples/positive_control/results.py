@@ -92,12 +92,14 @@ def seed_result(out: Path, seed: int) -> dict[str, Any]:
 
 
 def aggregate(paths: Sequence[Path]) -> dict[str, Any]:
-    """Means over seeds at the top level, 95 % intervals (Student's t) under `interval`, and all seeds."""
+    """Means over the seeds that have a figure at the top level, 95 % intervals (Student's t), and every seed."""
     seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    names = [name for name, value in seeds[0].items() if isinstance(value, float)]
-    estimates = {name: Estimate.of([seed[name] for seed in seeds]) for name in names}
+    names = list(dict.fromkeys(name for seed in seeds for name, value in seed.items() if isinstance(value, float)))
+    estimates = {name: Estimate.of([seed[name] for seed in seeds if name in seed]) for name in names}
     gains = {
-        f"gain_over_{name}": Estimate.of([seed["accuracy_hard_ra3"] - seed[f"accuracy_hard_{name}"] for seed in seeds])
+        f"gain_over_{name}": Estimate.of(
+            [seed["accuracy_hard_ra3"] - seed[key] for seed in seeds if (key := f"accuracy_hard_{name}") in seed]
+        )
         for name in RUNS[2:]
         if f"accuracy_hard_{name}" in names
     }
