@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "engine.",
     "checkpoint.",
     "logging.",
+    "signatures.",
     "run_folder",
     "parallel.micro_batch_tokens",
     "parallel.timeout_s",
@@ -36,7 +37,7 @@ FREE_TO_CHANGE = (
 """Settings (prefixes) that a resumed run may change: they alter neither data nor state, beyond the order of rounding.
 
 Of the folders, the content is compared instead, and `model.folder` itself where its weights are read again
-(`em.restart_from_base`). `em.rounds` may only grow, see `check_compatible`. `parallel.micro_batch_tokens` changes the
+(`em.restart_from_base`, the reference policy). `em.rounds` may only grow, see `check_compatible`. `parallel.micro_batch_tokens` changes the
 order of sums, hence the last bits.
 """
 _FINISHED = "step-" + "[0-9]" * 8
@@ -149,8 +150,8 @@ def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Ma
         if manifest.get(key) != expected[key]
     ]
     saved, current = _flat(manifest["config"]), _flat(expected["config"])
-    restarts = any(settings["em.restart_from_base"] for settings in (saved, current))
-    compared = {"model.folder"} if restarts else set()
+    rereads = any(_reads_initial_weights(settings) for settings in (saved, current))
+    compared = {"model.folder"} if rereads else set()
     differences += [
         f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted(saved.keys() | current.keys())
@@ -215,6 +216,14 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _reads_initial_weights(settings: Mapping[str, Any]) -> bool:
+    return bool(
+        settings["em.restart_from_base"]
+        or settings["objective.reference_kl"]
+        or settings["objective.latent_cost"] == "sticky_kl"
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -368,9 +368,7 @@ def test_sampling_does_not_depend_on_lines_to_come(trainer, surface, window):
 @pytest.mark.parametrize(("surface", "leak"), LEAKS)
 def test_an_engine_with_hindsight_is_seen(trainer, surface, leak):
     engine = Hindsight(InProcessEngine(trainer, FORMATS[surface], max_batch_tokens=200), leak)
-    differing, change = hindsight(engine, FORMATS[surface], 0)
-    assert differing > 0
-    assert change > 1e-2
+    assert hindsight(engine, FORMATS[surface], 0)[1] > 1e-2
 
 
 def gate_query(item: Trajectory, fmt: LatentFormat) -> GateQuery:

@@ -310,6 +310,20 @@ def test_a_gate_learns_its_own_law_even_where_rollouts_do_not_differ(world):
 
 
 @pytest.mark.parametrize("surface", FORMATS)
+def test_a_gate_that_was_told_pays_nothing_for_its_law(world, surface):
+    fmt = FORMATS[surface]
+    settings = dataclasses.replace(CONFIG, **OPTIONS["sticky, sum"], gate="always")
+    group = [_rollout(fmt, _lines(0), seed, gate="always") for seed in (1, 2, 3)]
+    walked = [_walk(world, fmt, item) for item in group]
+    estep = world.estep(settings, surface)
+    held_out = estep.evaluate(group)
+    assert held_out["elbo"] == pytest.approx(_mean([line.logprob for walk in walked for line in walk]), rel=1e-5)
+    metrics = estep.update([group])
+    assert metrics["loss"] == pytest.approx(_expected_loss([group], [walked], settings), rel=1e-5)
+    assert metrics["gate_kl"] == 0.0
+
+
+@pytest.mark.parametrize("surface", FORMATS)
 def test_one_rationale_for_a_snippet_is_brite(world, surface):
     """`snippet` merged from lines, and a single line of the same tokens under ra3 with c = 0: one and the same loss."""
     fmt = FORMATS[surface]

@@ -37,6 +37,8 @@ FORBIDDEN_IMPORTS = {
     "latents.py": HEAVY,
     "schedule.py": HEAVY,
     "corpus/lines.py": HEAVY,
+    "presets.py": HEAVY,
+    "report/signatures.py": HEAVY,
     "rollout/sampler.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
     "objective.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
 }
