@@ -37,8 +37,8 @@ FREE_TO_CHANGE = (
 """Settings (prefixes) that a resumed run may change: they alter neither data nor state, beyond the order of rounding.
 
 Of the folders, the content is compared instead, and `model.folder` itself where its weights are read again
-(`em.restart_from_base`, the reference policy). `em.rounds` may only grow, see `check_compatible`. `parallel.micro_batch_tokens` changes the
-order of sums, hence the last bits.
+(`em.restart_from_base`, the reference policy). `em.rounds` may only grow, see `check_compatible`.
+`parallel.micro_batch_tokens` changes the order of sums, hence the last bits.
 """
 _FINISHED = "step-" + "[0-9]" * 8
 

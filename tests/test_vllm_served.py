@@ -220,6 +220,23 @@ def test_generations_follow_the_models_law_and_keep_the_stop_token(served):
     engine.close()
 
 
+def test_one_request_scores_gates_and_continues_also_where_the_prefix_cache_hides_rows(served):
+    engine = served.engine()
+    stop = StopRule(frozenset(range(0, VOCABULARY, 12)), max_tokens=12)
+    prefixes = [draw(70 + 20 * index, 300 + index) for index in range(4)]
+    queries = [GenerateQuery(prefix, index, (40, len(prefix) - 2)) for index, prefix in enumerate(prefixes)]
+    plain = [GenerateQuery(query.token_ids, query.seed) for query in queries]
+    for hidden in (0, len(queries)):  # the second time every row at 40 lies in a cached block
+        before = engine.rescored_queries
+        generations = engine.generate(queries, stop)
+        assert engine.rescored_queries - before == hidden
+        for query, generation in zip(queries, generations, strict=True):
+            expected = law(served.first, query.token_ids)[list(query.rows)][:, list(GATES)]
+            torch.testing.assert_close(torch.tensor(generation.gate_logprobs), expected, atol=1e-4, rtol=0)
+        assert [g.token_ids for g in generations] == [g.token_ids for g in engine.generate(plain, stop)]
+    engine.close()
+
+
 def test_greedy_generation_takes_the_likeliest_token(served):
     engine = served.engine(temperature=0.0)
     prefix = draw(30, 7)
