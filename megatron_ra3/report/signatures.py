@@ -71,8 +71,10 @@ LEAST_LOSSES, LOSS_ERRORS = 16, 3.0
 
 def entries(record: Record) -> list[dict[str, Any]]:
     """The signatures that a metrics record carries: `step`, `phase`, `round`, `name` and `message` of each."""
-    place = {key: record[key] for key in ("step", "phase", "round")}
-    return [{**place, "name": name, "message": text} for name, text in record.get("signatures", {}).items()]
+    return [
+        {**{key: record[key] for key in ("step", "phase", "round")}, "name": name, "message": text}
+        for name, text in record.get("signatures", {}).items()
+    ]
 
 
 class _Round(NamedTuple):
