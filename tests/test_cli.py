@@ -115,7 +115,7 @@ def test_report_puts_runs_side_by_side(tmp_path, capsys):
 
 def test_a_config_typo_is_one_line_and_status_2(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("run_folder: r\nestep: {penalti: 1}\n")
+    path.write_text("run_folder: r\nobjective: {penalti: 1}\n")
     command = [sys.executable, "-m", "megatron_ra3", "midtrain", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
