@@ -143,3 +143,12 @@ def test_broken_files_are_named(tmp_path, content):
 def test_vocabulary_too_small_for_the_bytes(tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 260 is too small; it needs 261"):
         train_tokenizer(["x"], 260, tmp_path)
+
+
+def test_a_model_beside_the_tokenizer_does_not_change_how_text_is_cut(tmp_path):
+    """Transformers takes the class of the model's family there, with rules of its own for cutting text."""
+    train_tokenizer(["x = 1  # two words\n"] * 9 + ["\n\n    y  =  22\n"] * 9, 290, tmp_path)
+    text = 'a = "don\'t"  # 1234 \n\n    return x\t+ 22\n'
+    alone = load_tokenizer(tmp_path).encode(text)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    assert load_tokenizer(tmp_path).encode(text) == alone

@@ -75,14 +75,17 @@ class CodeTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> CodeTokenizer:
-    """Loads a Hugging Face tokenizer from a local folder; never asks the network.
+    """Loads a Hugging Face tokenizer from a local folder, its `tokenizer.json` as it stands; never asks the network.
+
+    Not by AutoTokenizer: beside a model's config.json that takes the class of its model family, which cuts text by its
+    own rules, whatever the file says.
 
     Raises:
         FileNotFoundError: no such folder, or no `tokenizer.json` in it.
         ValueError: its files are broken, it lacks an end-of-text token, or it cannot give back exactly the text it
             encoded.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder)
     if not folder.is_dir():
@@ -96,7 +99,7 @@ def load_tokenizer(folder: str | Path) -> CodeTokenizer:
             "and save_pretrained() it there to convert it"
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # broken files raise anything, from KeyError to a bare Exception
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}); save it there again") from error
     if loaded.eos_token_id is None:
