@@ -39,7 +39,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsConfig:
-    """How a latent looks in the token stream (method.md 1, 6, 8)."""
+    """How a latent looks in the token stream (algorithm.md 1, 6)."""
 
     surface: Literal["newline", "special"] = "newline"
     """`newline`: "\\n" and "\\n#..." as published; `special`: <act>, <think> ... </think>."""
@@ -86,7 +86,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NextTokenConfig:
-    """Next-token training: the warm-up / NTP phase, and the M-step (method.md 5, 6)."""
+    """Next-token training: the warm-up / NTP phase, and the M-step (algorithm.md 5, 6)."""
 
     steps: int = 0
     """Optimizer steps of the phase."""
@@ -103,7 +103,7 @@ class NextTokenConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EStepConfig:
-    """How much policy gradient on latents, and how they are sampled (method.md 3, 4); `objective` says towards what."""
+    """Amount of policy gradient and sampling of latents (algorithm.md 3, 4); `objective` says towards what."""
 
     steps: int = 20
     snippets_per_step: int = 8
@@ -115,7 +115,7 @@ class EStepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmConfig:
-    """Expectation-maximisation (method.md 5)."""
+    """Expectation-maximisation (algorithm.md 5)."""
 
     rounds: int = 2
     restart_from_base: bool = False
@@ -186,7 +186,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SignatureConfig:
-    """When a run's metrics look like a known failure (method.md 7); means must lie beyond by two standard errors."""
+    """When a run's metrics look like a known failure (algorithm.md 7); means must lie beyond by two standard errors."""
 
     window: int = 20
     """E-step steps that a verdict looks back on; fewer where `estep.steps` is less."""

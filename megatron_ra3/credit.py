@@ -1,4 +1,4 @@
-"""Rollouts of a step, each different one once, and the credit of each line's latent (method.md 3).
+"""Rollouts of a step, each different one once, and the credit of each line's latent (algorithm.md 3).
 
 At low think rates most rollouts of a group are the same: scoring them once saves most of an E-step, and keeps equal
 rollouts exactly equal.

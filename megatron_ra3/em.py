@@ -1,4 +1,4 @@
-"""The RA3 mid-training loop: rounds of E-step, bootstrapping, M-step and evaluation (method.md 3, 5, 6).
+"""The RA3 mid-training loop: rounds of E-step, bootstrapping, M-step and evaluation (algorithm.md 3, 5, 6).
 
 Without EM rounds the same loop is plain next-token training: a base model from scratch, or the NTP baseline.
 """

@@ -1,4 +1,4 @@
-"""E-step: policy gradient on latents, with the likelihood of the expert's line as reward (method.md 3)."""
+"""E-step: policy gradient on latents, with the likelihood of the expert's line as reward (algorithm.md 3)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class EStep:
         """Held-out objective, without training; nats, means over lines of all replicas.
 
         `objective` is the mean reward. `elbo` is the mean of log pi(a_t | s_t, z_t) - KL_Bern(rho_t || 1 - alpha'), a
-        line's log-prob summed: the sequential bound with the model itself as the law of a new rationale (method.md 2).
+        line's log-prob summed: the sequential bound with the model itself as the law of new ones (algorithm.md 2).
         """
         packing = self._pack(trajectories)
         scored = self._score(trajectories, packing)

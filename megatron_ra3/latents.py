@@ -1,6 +1,6 @@
 """Latents between lines of code: surface forms, tokenised snippets and trajectories.
 
-A latent stands before every line: `<act>` keeps the current rationale, `<think>` writes a new one (method.md 1).
+A latent stands before every line: `<act>` keeps the current rationale, `<think>` writes a new one (algorithm.md 1).
 Everything here is token ids with an explicit kind per token, so that no text is ever decoded and encoded again:
 re-tokenisation silently changes which tokens carry a log-probability. Pure Python.
 """
@@ -162,7 +162,7 @@ def log1mexp(logprob: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LatentFormat:
-    r"""Surface form of the latents, as token ids (method.md 1, 4, 8).
+    r"""Surface form of the latents, as token ids (algorithm.md 1, 4).
 
     `newline` (published): `<act>` is "\n" and `<think>` is "\n#" plus a one-line comment. The gate is decided by the
     token after the newline: think iff it is "#", over the full vocabulary; a line is conditioned on not starting
@@ -287,7 +287,7 @@ class LatentFormat:
         """Write a rationale, close it if its last token does not, and write the line.
 
         Nothing sampled is dropped: a rationale cut by the cap, or ended by a token that is no proper close, stays in
-        the context and is marked as not well formed (method.md 3, format reward).
+        the context and is marked as not well formed (algorithm.md 3, format reward).
         """
         index = trajectory.num_lines
         closed = bool(rationale) and rationale[-1] in self.close_ids

@@ -1,4 +1,4 @@
-"""M-step, warm-up and NTP: next-token training on annotated snippets, and its held-out measure (method.md 5)."""
+"""M-step, warm-up and NTP: next-token training on annotated snippets, and its held-out measure (algorithm.md 5)."""
 
 from __future__ import annotations
 

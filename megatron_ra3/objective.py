@@ -1,4 +1,4 @@
-"""The E-step's objective as pure functions of tensors, parameterised by `presets.ObjectiveConfig` (method.md 2, 3, 5).
+"""The E-step's maths as pure functions of tensors, set by `presets.ObjectiveConfig` (algorithm.md 2, 3, 5).
 
 Nothing here knows of ranks, models or engines. Losses are sums divided by a global count that the caller knows
 before the first backward pass, so that no split over micro-batches or ranks changes the number.
@@ -50,7 +50,7 @@ def line_values(logprob: Tensor, tokens: Tensor, settings: ObjectiveConfig) -> T
 
 
 def line_rewards(lines: Lines, settings: ObjectiveConfig) -> Tensor:
-    """Reward of each line in nats, [..., T], without gradient (method.md 2, 3).
+    """Reward of each line in nats, [..., T], without gradient (algorithm.md 2, 3).
 
     r_t = l_t - cost_t - f 1{malformed} - w sum_u [log q(z_tu) - log q_ref(z_tu)]
 
@@ -73,7 +73,7 @@ def line_rewards(lines: Lines, settings: ObjectiveConfig) -> Tensor:
 
 
 def truncated_returns(rewards: Tensor, *, horizon: int, discount: float) -> Tensor:
-    """R_t = sum_{k=t}^{min(t+H-1, T)} gamma^(k-t) r_k over the last axis of `rewards` [..., T] (method.md 3)."""
+    """R_t = sum_{k=t}^{min(t+H-1, T)} gamma^(k-t) r_k over the last axis of `rewards` [..., T] (algorithm.md 3)."""
     steps = rewards.shape[-1]
     returns = torch.zeros_like(rewards)
     for ahead in range(min(horizon, steps)):
@@ -82,14 +82,14 @@ def truncated_returns(rewards: Tensor, *, horizon: int, discount: float) -> Tens
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
-    """A_t^i = R_t^i - mean_{j != i} R_t^j for `returns` [G, T], G >= 2 (method.md 3); exactly 0 where all are equal."""
+    """A_t^i = R_t^i - mean_{j != i} R_t^j for `returns` [G, T], G >= 2 (algorithm.md 3); exactly 0 if all are equal."""
     group = returns.shape[0]
     relative = returns - returns[:1]
     return (relative - relative.mean(dim=0, keepdim=True)) * (group / (group - 1))
 
 
 def advantages(rewards: Tensor, without_rationale: Tensor | None, settings: ObjectiveConfig) -> Tensor:
-    """Advantage of each line's latent, [G, T], from the rewards [G, T] of a group's rollouts (method.md 3).
+    """Advantage of each line's latent, [G, T], from the rewards [G, T] of a group's rollouts (algorithm.md 3).
 
     `group`: A_t^i = R_t^i - mean_{j != i} R_t^j.
     `counterfactual`: A_t^i = R_t^i - b_t^i, where b_t = l_t(a_t | s_t, <act>) is the line's value had this one latent
@@ -107,12 +107,12 @@ def advantages(rewards: Tensor, without_rationale: Tensor | None, settings: Obje
 
 
 def explored(policy_logprobs: Tensor, exploration: float) -> Tensor:
-    """log((1 - epsilon) q + epsilon/2): log-prob of a gate's choice when it explores (method.md 6), any shape."""
+    """log((1 - epsilon) q + epsilon/2): log-prob of a gate's choice when it explores (algorithm.md 6), any shape."""
     return torch.log((1.0 - exploration) * torch.exp(policy_logprobs) + exploration / 2)
 
 
 def importance_weights(policy_logprobs: Tensor, behaviour_logprobs: Tensor, settings: ObjectiveConfig) -> Tensor:
-    """Detached weight of each decision, trainer against sampling law, w = exp(policy - behaviour) (method.md 3).
+    """Detached weight of each decision, trainer against sampling law, w = exp(policy - behaviour) (algorithm.md 3).
 
     `truncate`: min(w, w_max). `mask`: w where 1/w_max <= w <= w_max, else 0: the decision is left out.
     """
@@ -131,7 +131,7 @@ def policy_gradient_loss(
     *,
     global_count: int,
 ) -> Tensor:
-    """Loss over latent decisions u [U], gate choices and rationale tokens, of all rollouts (method.md 3).
+    """Loss over latent decisions u [U], gate choices and rationale tokens, of all rollouts (algorithm.md 3).
 
     -sum_u A_u w_u log q(z_u) / N, or with `ppo_clip` = e > 0
     -sum_u min(w_u A_u, clip(w_u, 1 - e, 1 + e) A_u) / N, w_u then carrying the gradient.
@@ -165,7 +165,7 @@ class GateLaw:
         return cls(torch.where(thought, choice_logprobs, other), torch.where(thought, other, choice_logprobs))
 
     def kl(self, stickiness: float) -> Tensor:
-        """KL_Bern(rho || 1 - alpha') in nats, rho the probability of thinking (method.md 2)."""
+        """KL_Bern(rho || 1 - alpha') in nats, rho the probability of thinking (algorithm.md 2)."""
         rho, keep = torch.exp(self.think), torch.exp(self.act)
         return rho * (self.think - math.log1p(-stickiness)) + keep * (self.act - math.log(stickiness))
 
@@ -177,7 +177,7 @@ class GateLaw:
 def gate_regulariser(
     gates: GateLaw, counts: Tensor, settings: ObjectiveConfig, *, global_decisions: int, global_gates: int
 ) -> Tensor:
-    """What the loss charges sampled gates for their law itself, on top of the policy gradient (method.md 2, 3).
+    """What the loss charges sampled gates for their law itself, on top of the policy gradient (algorithm.md 2, 3).
 
     `latent_cost=sticky_kl`: sum_t n_t KL_Bern(rho_t || 1 - alpha') / N. The rewards carry the same term for the sake of
     earlier decisions; its own gradient at t is taken here exactly, and not by sampling.
@@ -200,5 +200,5 @@ def gate_regulariser(
 
 
 def next_token_loss(logprobs: Tensor, weights: Tensor, *, global_weight: float) -> Tensor:
-    """-sum_u w_u log pi(u) / W over tokens [U]; W is the sum of weights over all ranks (method.md 5)."""
+    """-sum_u w_u log pi(u) / W over tokens [U]; W is the sum of weights over all ranks (algorithm.md 5)."""
     return -(weights * logprobs).sum() / max(global_weight, 1e-30)

@@ -1,4 +1,4 @@
-"""What the E-step optimises: one parameterised objective, and published methods as corners of it (method.md 2, 3, 11).
+"""What the E-step optimises: one parameterised objective, and published methods as corners of it (algorithm.md 2, 3).
 
 Settings only, imported by `config`; the formulas that read them stand in `objective`. Pure Python.
 """
@@ -16,7 +16,7 @@ Gate = Literal["sampled", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The objective of the E-step (method.md 2, 3); the defaults are `ra3`."""
+    """The objective of the E-step (algorithm.md 2, 3); the defaults are `ra3`."""
 
     preset: PresetName = "ra3"
     """Where the other settings of this section start from; what is given beside it wins."""

@@ -1,4 +1,4 @@
-"""A sticky-latent model small enough to enumerate: the ground truth of the E-step (method.md 2, 3), in float64.
+"""A sticky-latent model small enough to enumerate: the ground truth of the E-step (algorithm.md 2, 3), in float64.
 
 T lines and K latents; state K means "no rationale yet". `act` keeps the state, `think` draws a new latent. Everything
 is written from the definitions and uses none of the package, so that a mistake there cannot repeat itself here.
@@ -146,7 +146,7 @@ def sticky(model: Model, keep: float, new: Tensor) -> Policy:
 
 
 def charges(policy: Policy, prior: Policy) -> Tensor:
-    """KL_Bern(rho ‖ 1 - alpha') + rho KL(q~ ‖ p_new) at every gate, [T, K+1] (method.md 2)."""
+    """KL_Bern(rho ‖ 1 - alpha') + rho KL(q~ ‖ p_new) at every gate, [T, K+1] (algorithm.md 2)."""
     act, think = torch.sigmoid(-policy.gate), torch.sigmoid(policy.gate)
     log_act, log_think = (torch.nn.functional.logsigmoid(sign * policy.gate) for sign in (-1, 1))
     prior_act, prior_think = (torch.nn.functional.logsigmoid(sign * prior.gate) for sign in (-1, 1))
@@ -210,7 +210,7 @@ def value_by_recursion(model: Model, policy: Policy, prior: Policy | None = None
 
 
 def viterbi(model: Model) -> tuple[float, Tensor]:
-    """Maximum of J and the gains [T, K+1] of the best new latent over keeping, before the cost c (method.md 2)."""
+    """Maximum of J and the gains [T, K+1] of the best new latent over keeping, before the cost c (algorithm.md 2)."""
     after = torch.zeros(model.latents + 1, dtype=torch.float64)
     gains = []
     for t in reversed(range(model.lines)):
@@ -221,7 +221,7 @@ def viterbi(model: Model) -> tuple[float, Tensor]:
 
 
 def posterior(model: Model, prior: Policy) -> tuple[float, Policy]:
-    """log p(a | no rationale yet) and the exact law of decisions given all lines (method.md 2).
+    """log p(a | no rationale yet) and the exact law of decisions given all lines (algorithm.md 2).
 
     V_t(z') = log[alpha' e^(l_t + V_{t+1})(z') + (1 - alpha') sum_z p_new(z) e^(l_t + V_{t+1})(z)], the best J there is.
     """
@@ -266,7 +266,7 @@ def transitions(policy: Policy) -> Tensor:
 
 
 def forward_backward(model: Model, prior: Tensor) -> tuple[float, Tensor, Tensor]:
-    """log p(a | no rationale yet), posterior q(z_t | z_{t-1}, a_{t:}) [T, K+1, K+1], and V [T+1, K+1] (method.md 2)."""
+    """log p(a | no latent yet), posterior q(z_t | z_{t-1}, a_{t:}) [T, K+1, K+1], and V [T+1, K+1] (algorithm.md 2)."""
     values = [torch.zeros(model.latents + 1, dtype=torch.float64)]
     posterior: list[Tensor] = []
     for t in reversed(range(model.lines)):

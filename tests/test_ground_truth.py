@@ -1,4 +1,4 @@
-"""The E-step's maths against exact enumeration of a tabular sticky-latent model (method.md 2, 3).
+"""The E-step's maths against exact enumeration of a tabular sticky-latent model (algorithm.md 2, 3).
 
 Expectations over rollouts are sums over every group of paths where that is possible, so most statements hold to
 rounding; where sampling is needed, z-scores decide, and a wrong estimator must fail the same test.

@@ -1,4 +1,4 @@
-"""EM with exact steps on the tabular model: the bound rises in every half of every round (method.md 2, 5).
+"""EM with exact steps on the tabular model: the bound rises in every half of every round (algorithm.md 2, 5).
 
 E: the posterior for the sticky KL, Viterbi's path for the fixed penalty. M: re-estimation from expected counts, which
 is where the M-step's next-token loss has no gradient left. Wrong counts must break the rise.

@@ -1,4 +1,4 @@
-"""The theory checks of `examples/theory` (method.md 10): each formula against a second way to the same number.
+"""The theory checks of `examples/theory` (algorithm.md 10): each formula against a second way to the same number.
 
 A check that cannot fail proves nothing, so a wrong term, a wrong model and a wrong bound must be caught here too.
 """

@@ -1,6 +1,6 @@
 """Counts what the runs of the positive control cost, so that baselines get as much.
 
-Two measures: tokens that a gradient came from, and floating-point operations by the cost model of docs/method.md 12.
+Two measures: tokens that a gradient came from, and floating-point operations by the cost model of README.md beside it.
 Sampling is counted as on an engine with a key-value cache, one forward pass over each rollout; the in-process engine
 has no cache and computes more, which is no property of the method.
 """

@@ -1,4 +1,4 @@
-"""T3 (method.md section 10): longer action abstractions, fewer iterations.
+"""T3 (algorithm.md section 10): longer action abstractions, fewer iterations.
 
 Value iteration with options, V_{n+1}(s) = max_z R(s, z) + sum_s' P(s, z, s') V_n(s') from V_0 = 0, contracts by
 gamma-bar = sup_{s, z} E[gamma^tau] in the largest norm. With R_max = max |R(s, z)|, the error of V_n is at most

@@ -1,4 +1,4 @@
-"""Tabular MDPs with options: the small worlds in which the theory of method.md section 10 can be computed exactly.
+"""Tabular MDPs with options: the small worlds in which the theory of algorithm.md section 10 can be computed exactly.
 
 An action abstraction z is an option: a policy over primitive actions that runs until it terminates after a random
 number tau of steps. Everything section 10 says about a set Z of them depends on two tables only,

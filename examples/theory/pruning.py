@@ -1,4 +1,4 @@
-"""T2 (method.md section 10): how many demonstrations it takes to prune the options Z to a near-optimal subset.
+"""T2 (algorithm.md section 10): how many demonstrations it takes to prune the options Z to a near-optimal subset.
 
 Tasks M ~ p. The pruning loss of a subset is Delta(M, Z') = V*_Z(M) - V*_Z'(M) at the start state. Z' is eps-optimal if
 Delta <= eps on every task, |Z_eps| is the size of the smallest such subset, and Z' is (eps, sigma)-suboptimal if

@@ -1,4 +1,4 @@
-"""T1 (method.md section 10): what mid-training and RL each lose adds up to the regret, exactly.
+"""T1 (algorithm.md section 10): what mid-training and RL each lose adds up to the regret, exactly.
 
 Mid-training prunes the options Z to a subset, RL finds a policy pi that uses the subset only, and over tasks M ~ p
 

@@ -1,4 +1,4 @@
-"""Checks the three theorems of method.md section 10 on small worlds, in about half a minute on one core.
+"""Checks the three theorems of algorithm.md section 10 on small worlds, in about half a minute on one core.
 
     python examples/theory/run.py --out runs/theory [--seed 0] [--results FILE] [--figures FOLDER]
 

@@ -1,4 +1,4 @@
-"""What one action is: a line, a statement, a token or the whole snippet (method.md 1).
+"""What one action is: a line, a statement, a token or the whole snippet (algorithm.md 1).
 
 Regroups tokenised lines and leaves the tokens alone: held-out figures of different granularities would otherwise not be
 figures of the same text. Pure Python.

@@ -1,4 +1,4 @@
-"""The reference policy q_ref: the model's weights as they were at the start of the run (method.md 3).
+"""The reference policy q_ref: the model's weights as they were at the start of the run (algorithm.md 3).
 
 They are read again from the initial folder instead of living in checkpoints, so a resumed run has the same reference.
 """

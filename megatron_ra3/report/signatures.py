@@ -1,4 +1,4 @@
-"""Failure signatures: what a run that goes wrong looks like in its own metrics (method.md 7), said while it runs.
+"""Failure signatures: what a run that goes wrong looks like in its own metrics (algorithm.md 7), said while it runs.
 
 Without them a run of days ends as plain next-token training, or as one that learned to cheat, and nobody notices before
 the benchmark. Pure Python over the records of metrics.jsonl; a resumed run replays it: there is no other state.

@@ -1,4 +1,4 @@
-"""Samples latents before the expert's lines, exactly, with few requests (method.md 4).
+"""Samples latents before the expert's lines, exactly, with few requests (algorithm.md 4).
 
 While the choice is `<act>` the continuation is known, so one teacher-forced pass over the next lines scores many
 gates at once; only a rationale makes the future unknown again. The number that decides a gate is keyed by snippet,
