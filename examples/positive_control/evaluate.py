@@ -119,7 +119,7 @@ def evaluate_run(run_folder: Path, programs: int) -> dict[str, Any]:
         figures = {}
         for name, items in (("", sampled), ("_act", acting)):
             predicted = predict_digits(trainer, items, run.format, tokenizer)
-            found = measure(items, predicted, run.format, tokenizer) | run.next_token.evaluate(items)
+            found = run.next_token.evaluate(items) | measure(items, predicted, run.format, tokenizer)
             figures |= {f"{key}{name}": value for key, value in found.items()}
         return figures | {"examples": [tokenizer.decode(item.token_ids) for item in sampled[:3]]}
 

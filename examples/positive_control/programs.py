@@ -4,7 +4,8 @@ A program assigns ten variables, by digit (`A=3`) or by another variable (`B=A`)
 `q=B`, which is easy (nothing could foretell the variable), and `assert q==3`, which is hard: its digit follows only
 from the chain B, A, 3. What the hard line needs is settled before its gate; on one line with the question it would not
 be, and no rationale could help. A minority of hard lines carries the chain as a comment (`#BA3`), and some easy lines a
-useless one (`#so.ok`). Names are capitals, all else is lower case, and comments hold no space, so that a
+useless one (`#so.ok`). Names come in the order of the alphabet: drawn at random, they are noise that keeps a small
+model from learning to look names up. They are capitals, all else is lower case, and comments hold no space, so that a
 byte-level tokenizer makes every name and every digit a token of its own.
 """
 
@@ -27,16 +28,14 @@ class ProgramConfig:
 
     assignments: int = 10
     roots: int = 3
-    repeats: int = 4
-    """Lines such as `B==A` after the assignments, that say one of them again: easy, as nothing could foretell which."""
     pairs: int = 3
     min_hops: int = 1
     max_hops: int = 5
-    hard_comments: float = 0.3
+    hard_comments: float = 0.4
     """Part of the hard lines with a comment."""
     wrong_comments: float = 0.0
     """Part of those comments whose chain slips to a variable of another digit, and ends there."""
-    easy_comments: float = 0.08
+    easy_comments: float = 0.04
     """Part of the easy lines with a useless comment of one or two words."""
     distractors: int = 0
     """Lines like `z=B` or `z=3` per program, anywhere: random, easy, and of no use."""
@@ -57,7 +56,7 @@ class ProgramConfig:
     @property
     def lines(self) -> int:
         """Logical lines of every program."""
-        return self.assignments + self.repeats + 2 * self.pairs + self.distractors
+        return self.assignments + 2 * self.pairs + self.distractors
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,6 @@ def program(config: ProgramConfig, draw: random.Random) -> str:
     """The source text of one program; running it raises nothing."""
     values = _assignments(config, draw)
     rows = [_easy(f"{name}={value}", config, draw) for name, value in values.items()]
-    rows += [_easy("==".join(draw.choice([*values.items()])), config, draw) for _ in range(config.repeats)]
     for chain in _asked(values, config, draw):
         comment = ""
         if draw.random() < config.hard_comments:
@@ -117,7 +115,7 @@ def questions(lines: list[str]) -> Iterator[tuple[int, Question]]:
     for number, line in enumerate(lines):
         if is_hard(line):
             yield number, Question(_chain(values["q"], values))
-        elif "==" not in line:
+        else:
             name, _, value = line.strip().removeprefix("for ").replace(" in[", "=").rstrip("]:").partition("=")
             values[name] = value
 
@@ -129,7 +127,6 @@ def _assignments(config: ProgramConfig, draw: random.Random) -> dict[str, str]:
     name the parent of several, or drawn from the last few, most late names would come from one root and a model would
     guess well without following any chain.
     """
-    names = draw.sample(NAMES, config.assignments)
     links = [config.min_hops] * config.roots
     while sum(links) < config.assignments - config.roots:
         short = [root for root in range(config.roots) if links[root] < config.max_hops]
@@ -138,7 +135,7 @@ def _assignments(config: ProgramConfig, draw: random.Random) -> dict[str, str]:
     draw.shuffle(order)
     heads = draw.sample(string.digits, config.roots)
     values: dict[str, str] = {}
-    for name, root in zip(names, order, strict=True):
+    for name, root in zip(NAMES, order, strict=False):
         values[name], heads[root] = heads[root], name
     return values
 
