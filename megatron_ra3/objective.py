@@ -179,20 +179,23 @@ def gate_regulariser(
 ) -> Tensor:
     """What the loss charges sampled gates for their law itself, on top of the policy gradient (algorithm.md 2, 3).
 
-    `latent_cost=sticky_kl`: sum_t n_t KL_Bern(rho_t || 1 - alpha') / N. The rewards carry the same term for the sake of
-    earlier decisions; its own gradient at t is taken here exactly, and not by sampling.
+    `latent_cost=sticky_kl`: sum_t n_t KL_Bern(rho_t || 1 - alpha') / (N (1 - epsilon)). The rewards carry the same term
+    for the sake of earlier decisions; its own gradient at t is taken here exactly, and not by sampling. Where gates
+    explore (`gate_exploration` = epsilon), the policy gradient's gates are 1/(1 - epsilon) times too large, hence so
+    is this.
     `gate_entropy_floor` = h > 0: lambda sum_t n_t max(0, h - H(rho_t)) / N_gates.
 
     Args:
         gates: laws [M], with gradient.
         counts: [M] n_t, how many rollouts share each gate.
-        settings: which terms, alpha', h and lambda.
+        settings: which terms, alpha', epsilon, h and lambda.
         global_decisions: N of `policy_gradient_loss`, as the KL belongs to the same objective.
         global_gates: sampled gates over all rollouts and ranks.
     """
     loss = gates.think.new_zeros(())
     if settings.latent_cost == "sticky_kl":
-        loss = loss + (counts * gates.kl(settings.stickiness)).sum() / max(global_decisions, 1)
+        divergence = (counts * gates.kl(settings.stickiness)).sum() / (1.0 - settings.gate_exploration)
+        loss = loss + divergence / max(global_decisions, 1)
     if settings.gate_entropy_floor > 0.0:
         gap = (settings.gate_entropy_floor - gates.entropy()).clamp(min=0.0)
         loss = loss + settings.gate_entropy_weight * (counts * gap).sum() / max(global_gates, 1)

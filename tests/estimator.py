@@ -33,6 +33,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "penalty, both, H=2, PPO clip 0.2": {"baseline": "both", "horizon": 2, "ppo_clip": 0.2},
     "sticky KL, group": {"latent_cost": "sticky_kl"},
     "sticky KL, group, H=2, gamma=0.7": {"latent_cost": "sticky_kl", "horizon": 2, "discount": 0.7},
+    "sticky KL, group, epsilon=0.1": {"latent_cost": "sticky_kl", "gate_exploration": 0.1},
     "sticky KL, counterfactual": {"latent_cost": "sticky_kl", "baseline": "counterfactual"},
     "sticky KL, both": {"latent_cost": "sticky_kl", "baseline": "both"},
     "sticky KL, both, mask": {"latent_cost": "sticky_kl", "baseline": "both", "importance_weight": "mask"},

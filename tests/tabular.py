@@ -145,21 +145,25 @@ def sticky(model: Model, keep: float, new: Tensor) -> Policy:
     return Policy(gate, torch.log(new).expand(*shape, model.latents))
 
 
-def charges(policy: Policy, prior: Policy) -> Tensor:
-    """KL_Bern(rho ‖ 1 - alpha') + rho KL(q~ ‖ p_new) at every gate, [T, K+1] (algorithm.md 2)."""
+def charges(policy: Policy, prior: Policy, exploration: float = 0.0) -> Tensor:
+    """KL_Bern(rho ‖ 1 - alpha') + rho KL(q~ ‖ p_new) at every gate, [T, K+1] (algorithm.md 2).
+
+    Where gates explore, a new latent is paid for as often as one is drawn: the last rho becomes (1-eps) rho + eps/2.
+    """
     act, think = torch.sigmoid(-policy.gate), torch.sigmoid(policy.gate)
     log_act, log_think = (torch.nn.functional.logsigmoid(sign * policy.gate) for sign in (-1, 1))
     prior_act, prior_think = (torch.nn.functional.logsigmoid(sign * prior.gate) for sign in (-1, 1))
     content, new = torch.log_softmax(policy.content, -1), torch.log_softmax(prior.content, -1)
     gate = think * (log_think - prior_think) + act * (log_act - prior_act)
-    return gate + think * (torch.exp(content) * (content - new)).sum(-1)
+    drawn = (1 - exploration) * think + exploration / 2
+    return gate + drawn * (torch.exp(content) * (content - new)).sum(-1)
 
 
-def line_terms(model: Model, policy: Policy, paths: Paths, prior: Policy | None) -> Tensor:
+def line_terms(model: Model, policy: Policy, paths: Paths, prior: Policy | None, exploration: float = 0.0) -> Tensor:
     """What J adds per line, [..., T]: minus c per thought, or with a prior minus the KL to it."""
     if prior is None:
         return line_values(model, paths)
-    return line_logprobs(model, paths) - _pick(charges(policy, prior), paths.before)
+    return line_logprobs(model, paths) - _pick(charges(policy, prior, exploration), paths.before)
 
 
 def value(model: Model, policy: Policy, exploration: float = 0.0, prior: Policy | None = None) -> Tensor:
@@ -169,7 +173,7 @@ def value(model: Model, policy: Policy, exploration: float = 0.0, prior: Policy 
     """
     paths = all_paths(model)
     probability = torch.exp(step_logprobs(policy, paths, exploration).sum(-1))
-    return (probability * line_terms(model, policy, paths, prior).sum(-1)).sum()
+    return (probability * line_terms(model, policy, paths, prior, exploration).sum(-1)).sum()
 
 
 def credited_value(
@@ -187,7 +191,7 @@ def credited_value(
     """
     paths = all_paths(model)
     steps = step_logprobs(policy, paths, exploration)
-    rewards = line_terms(model, policy, paths, prior)
+    rewards = line_terms(model, policy, paths, prior, exploration)
     total = torch.zeros((), dtype=torch.float64)
     for t in range(model.lines):
         is_t = torch.arange(model.lines) == t
