@@ -84,10 +84,11 @@ class EStep:
         return result | self._metrics(scored, lines)
 
     def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Held-out objective, without training; nats, means over lines of all replicas.
+        """Held-out objective, without training; nats, over all replicas.
 
-        `objective` is the mean reward. `elbo` is the mean of log pi(a_t | s_t, z_t) - KL_Bern(rho_t || 1 - alpha'), a
-        line's log-prob summed: the sequential bound with the model itself as the law of new ones (algorithm.md 2).
+        `objective` is the mean reward of a line. `elbo` is the sum of log pi(a_t | s_t, z_t) - KL_Bern(rho_t || 1 -
+        alpha') over the tokens of all lines, so that it can be compared across granularities: the sequential bound with
+        the model itself as the law of new latents (algorithm.md 2).
         """
         packing = self._pack(trajectories)
         scored = self._score(trajectories, packing)
@@ -95,7 +96,8 @@ class EStep:
         lines = [item.scores.line for item in scored if item.scores.line is not None]
         bound = _joined(lines) - _joined([self._gate_kl(item.batch, item.scores) for item in scored])
         rewards = _joined([item.rewards for item in scored])
-        sums = {"objective": (float(rewards.sum()), count), "elbo": (float(bound.sum()), count)}
+        tokens = float(sum(item.batch.line_tokens.sum() for item in scored))
+        sums = {"objective": (float(rewards.sum()), count), "elbo": (float(bound.sum()), tokens)}
         return global_means(self.layout, sums)
 
     @property

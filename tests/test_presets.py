@@ -79,7 +79,8 @@ def test_a_coarser_action_holds_more_nats(small_corpus, tmp_path):
             *SPECIAL,
             f"objective.granularity={granularity}",
             "objective.gate=never",
+            "objective.line_reward=sum",
         )
         figures[granularity] = found["evaluate"][0]
-    nats = {name: -figure["elbo"] for name, figure in figures.items()}
+    nats = {name: -figure["objective"] for name, figure in figures.items()}
     assert nats["token"] < nats["line"] < nats["snippet"]

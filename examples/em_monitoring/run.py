@@ -9,8 +9,8 @@ every round:
 - `CE`, nats per original code token: -log pi(a, z), of lines, gates and rationales. `CE, act everywhere`: the same
   weights never thinking. `CE, lines alone`: E_q[-log pi(a | z)]; minus this bounds log pi(a), latents summed out, from
   below, the model itself being the prior of its latents, so that the bound's KL is 0.
-- `ELBO`, nats per line: E_q[log pi(a_t | z_t) - KL_Bern(rho_t || 1 - alpha')], the bound under the sticky prior with
-  alpha' = `objective.stickiness`, which lets the model itself write the rationale.
+- `ELBO`, nats per token of the lines: E_q[log pi(a_t | z_t) - KL_Bern(rho_t || 1 - alpha')], the bound under the sticky
+  prior with alpha' = `objective.stickiness`, which lets the model itself write the rationale.
 - `J`, nats per line: what the E-step optimises, on held-out lines: a line's log-prob as a token mean, minus c per
   rationale. `reward` is the same on the E-step's training snippets, before each update.
 """
@@ -31,7 +31,7 @@ COLUMNS = (
     Column("nats", "CE, nats/code token", 4),
     Column("act_nats", "CE, act everywhere", 4),
     Column("nats_code_only", "CE, lines alone", 4),
-    Column("elbo", "ELBO, nats/line", 3),
+    Column("elbo", "ELBO, nats/code token", 4),
     Column("objective", "J, nats/line", 4),
     Column("reward", "E-step reward, nats/line", 4),
     Column("think_rate", "thinks, % of held-out lines", 1, 100),
@@ -45,7 +45,7 @@ ROUND_PANELS = (
         "held-out CE, nats per code token",
         {"nats": "latents sampled and charged", "act_nats": "act everywhere", "nats_code_only": "lines alone"},
     ),
-    Panel("held-out ELBO, nats per line", {"elbo": "sticky prior"}),
+    Panel("held-out ELBO, nats per code token", {"elbo": "sticky prior"}),
     Panel(
         "objective, nats per line",
         {

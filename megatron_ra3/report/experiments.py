@@ -68,10 +68,11 @@ def run_figures(run_folder: Path) -> dict[str, float]:
 
     Held-out, from the last evaluation, nats per original code token: `nats` (E_q[-log pi(a, z)]: lines, gates and
     rationales), `nats_code_only` (E_q[-log pi(a | z)]: lines alone), `act_nats` and `act_nats_code_only` (the same with
-    `<act>` everywhere). `elbo` and `objective` in nats per action (`EStep.evaluate`). `think_rate` per action,
-    `thinks_per_code_token`, `latent_tokens_per_code_token`, `rationale_tokens` (mean length, where there is one). A run
-    that only ever acts, such as NTP, has `nats` equal to `act_nats` and thinks at rate 0. Cost: `tokens` trained on,
-    `seconds` of all steps and `<phase>_seconds`. Of an E-step: `requests_per_rollout`, mean over its steps.
+    `<act>` everywhere). `elbo`, nats per token of the lines, and `objective`, nats per action (`EStep.evaluate`).
+    `think_rate` per action, `thinks_per_code_token`, `latent_tokens_per_code_token`, `rationale_tokens` (mean length,
+    where there is one). A run that only ever acts, such as NTP, has `nats` equal to `act_nats` and thinks at rate 0.
+    Cost: `tokens` trained on, `seconds` of all steps and `<phase>_seconds`. Of an E-step: `requests_per_rollout`, mean
+    over its steps.
     """
     steps = read_metrics(run_folder)
     evaluations = [step for step in steps if step["phase"] == "evaluate"]
