@@ -73,13 +73,17 @@ class InProcessEngine:
         logprobs: list[list[float]] = [[] for _ in queries]
         growing = list(range(len(queries)))
         for step in range(stop.max_tokens):
-            sequences = [(*queries[i].token_ids, *drawn[i]) for i in growing]
+            askers: dict[tuple[int, ...], list[int]] = {}  # rollouts that have written the same need one forward pass
+            for i in growing:
+                askers.setdefault((*queries[i].token_ids, *drawn[i]), []).append(i)
+            sequences = [*askers]
             for batch in pack([len(tokens) for tokens in sequences], self._max_batch_tokens):
-                logits = self._next_token_logits([sequences[k] for k in batch])
-                uniform = torch.stack([uniforms[growing[k]][step] for k in batch])
-                for k, token, logprob in zip(batch, *_draw(logits / self._temperature, uniform), strict=True):
-                    drawn[growing[k]].append(token)
-                    logprobs[growing[k]].append(logprob)
+                rows = [(row, i) for row, k in enumerate(batch) for i in askers[sequences[k]]]
+                logits = self._next_token_logits([sequences[k] for k in batch])[[row for row, _ in rows]]
+                uniform = torch.stack([uniforms[i][step] for _, i in rows])
+                for (_, i), token, logprob in zip(rows, *_draw(logits / self._temperature, uniform), strict=True):
+                    drawn[i].append(token)
+                    logprobs[i].append(logprob)
             growing = [i for i in growing if drawn[i][-1] not in stop.stop_ids]
         return [
             Generation(tuple(tokens), tuple(values), self.weight_version)
