@@ -1,4 +1,5 @@
 import itertools
+import json
 import random
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(EXAMPLE))
 import costs  # noqa: E402
 import evaluate  # noqa: E402
 import programs  # noqa: E402
+import results  # noqa: E402
 import run  # noqa: E402
 from programs import ProgramConfig  # noqa: E402
 
@@ -162,3 +164,29 @@ def test_operations_follow_the_cost_model() -> None:
     assert found.training_tokens == 100 + 15 * 60 + 240
     short, long = costs.forward_flops(model, 50.0), costs.forward_flops(model, 60.0)
     assert found.flops == pytest.approx(3 * 100 * short + (5 * 15 * 60 + 4 * 60 + 3 * 240) * long)
+
+
+def test_table_adds_up_costs_and_averages_over_seeds(tmp_path: Path) -> None:
+    seed = {
+        **dict.fromkeys(("think_rate_hard", "think_rate_easy", "rationale_correct", "rationale_tokens"), 1.0),
+        **dict.fromkeys(("think_rate_hard_base", "think_rate_easy_base", "rationale_correct_base"), 0.5),
+        **{f"accuracy_hard_{name}": 0.25 for name in ("base", "base_act", "ra3_act", "ntp")},
+        "needed_tokens": 4.0,
+        "training_tokens": {"base": 4e6, "ra3": 1e6, "ntp": 5e6},
+        "flops": {"base": 2e12, "ra3": 1e12, "ntp": 2.5e12},
+    }
+    paths = []
+    for number, accuracy in enumerate((0.97, 0.99)):
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps({**seed, "seed": number, "accuracy_hard_ra3": accuracy}))
+    done = results.aggregate(paths)
+    assert done["accuracy_hard_ra3"] == pytest.approx(0.98)
+    assert done["gain_over_ntp"] == pytest.approx(0.73)
+    assert done["interval"]["gain_over_ntp"] == pytest.approx([0.73 - 0.12706, 0.73 + 0.12706], abs=1e-5)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in results.table(done).splitlines()]
+    by_model = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+    assert list(by_model) == ["base", "base, never thinking", "RA3", "RA3, never thinking", "NTP, as many tokens"]
+    assert by_model["RA3"]["accuracy on hard lines, %"] == "98.0 ± 12.7"
+    assert [row["trained on, M tokens"] for row in by_model.values()] == [
+        f"{m} ± 0.00" for m in ("4.00", "4.00", "5.00", "5.00", "5.00")
+    ]

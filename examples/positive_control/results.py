@@ -20,10 +20,20 @@ from evaluate import run_config
 from programs import ProgramConfig
 
 from megatron_ra3.config import to_dict
-from megatron_ra3.report.experiments import Estimate
+from megatron_ra3.report.experiments import Column, Estimate, Record, markdown, over_seeds
 from megatron_ra3.report.summary import read_metrics
 
 RUNS = ("base", "ra3", "ntp", "ntp_flops")
+COLUMNS = (
+    Column("think_rate_hard", "thinks on hard lines, %", 2, 100),
+    Column("think_rate_easy", "on easy lines, %", 2, 100),
+    Column("accuracy_hard", "accuracy on hard lines, %", 1, 100),
+    Column("rationale_correct", "rationale right, %", 1, 100),
+    Column("rationale_tokens", "rationale, tokens", 2),
+    Column("needed_tokens", "needed", 2),
+    Column("training_tokens", "trained on, M tokens", 2, 1e-6),
+    Column("flops", "operations, 10^12", 1, 1e-12),
+)
 
 
 def matched_tokens(out: Path) -> dict[str, int]:
@@ -116,6 +126,33 @@ def aggregate(paths: Sequence[Path]) -> dict[str, Any]:
         "commit": _commit(),
         "per_seed": seeds,
     }
+
+
+def table(done: Mapping[str, Any]) -> str:
+    """The results of `aggregate` as Markdown: a line per model, means over seeds with interval half-widths."""
+    records = [record for seed in done["per_seed"] for record in _by_model(seed)]
+    return markdown(over_seeds(records, ["model"]), {"model": "model"}, COLUMNS)
+
+
+def _by_model(seed: Mapping[str, Any]) -> list[Record]:
+    """What a model costs includes the base it came from."""
+    thinking = ("think_rate_hard", "think_rate_easy", "rationale_correct")
+    cost = {name: {measure: seed[measure][name] for measure in ("training_tokens", "flops")} for name in seed["flops"]}
+    both = {measure: cost["base"][measure] + cost["ra3"][measure] for measure in cost["base"]}
+    shown: list[Record] = [
+        {"model": "base", **{name: seed[f"{name}_base"] for name in thinking}, **cost["base"]},
+        {"model": "base, never thinking", **cost["base"]},
+        {"model": "RA3", **{name: seed[name] for name in (*thinking, "rationale_tokens", "needed_tokens")}, **both},
+        {"model": "RA3, never thinking", **both},
+        {"model": "NTP, as many tokens", **cost.get("ntp", {})},
+        {"model": "NTP, as many operations", **cost.get("ntp_flops", {})},
+    ]
+    names = ("base", "base_act", "ra3", "ra3_act", "ntp", "ntp_flops")
+    return [
+        {"seed": seed["seed"], **record, "accuracy_hard": seed[key]}
+        for record, key in zip(shown, (f"accuracy_hard_{name}" for name in names), strict=True)
+        if key in seed
+    ]
 
 
 def _model(out: Path) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from evaluate import evaluate_run, run_config
 from programs import ProgramConfig, write_sources
-from results import aggregate, matched_tokens, seed_result, tokens_per_program
+from results import aggregate, matched_tokens, seed_result, table, tokens_per_program
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "run.yaml"
@@ -96,7 +96,7 @@ def make_all(given: argparse.Namespace) -> None:
     done = aggregate([given.folder / f"seed{seed}" / "result.json" for seed in given.seeds])
     path = given.folder / "results.json"
     path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in done.items() if key != "per_seed"}, indent=1), path, sep="\n")
+    print(table(done), path, sep="\n\n")
 
 
 def make_corpus(out: Path, program: ProgramConfig, *, programs: int, seed: int) -> None:
