@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command; writes <date>-<gpu>.{json,log} into RA3_RESULTS (default:
+# What only a GPU can show, in one command; writes <date>-<gpu>.{json,log} into RA3_RESULTS (default:
 # benchmarks/results).
 # Needs an interpreter with a CUDA torch, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
 # So far: correctness of the likelihood kernel at full size. Nothing here has been run on a GPU yet.

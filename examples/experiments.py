@@ -1,21 +1,21 @@
 """What the experiments share: their command line, base models on two corpora, runs that are kept, and their results.
 
-A run is a subprocess of `ra3 midtrain` with a folder and a log of its own. One that is finished under the same settings
-is not started again, so an interrupted experiment goes on where it stopped, and its plots can be redrawn at once.
+A run is a subprocess of `ra3 midtrain` with a folder and a log of its own. One that the same command has finished from
+the same inputs is not started again (`commands.call_once`), so an interrupted experiment goes on where it stopped, and
+its plots can be redrawn at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from commands import RA3, call, call_once
 
 from megatron_ra3.config import NextTokenConfig, RunConfig, load_config
 from megatron_ra3.report.experiments import Column, Record, Row, markdown, run_figures, write_results
@@ -35,7 +35,7 @@ PERCENT = (0.0, 100.0)
 POSITIVE = (0.0, float("inf"))
 CONTROL_FIGURES = ("accuracy_hard", "accuracy_hard_act", "think_rate_hard", "think_rate_easy", "rationale_correct")
 """What is taken from the positive control's own evaluation, fractions; `_act`: with `<act>` everywhere."""
-SMALL_CONTROL = ("--programs", "4000")
+SMALL_CONTROL = ("--programs", "10000")
 SMALL = (
     "warmup.snippets_per_step=4",
     "estep.steps=2",
@@ -110,7 +110,7 @@ class Experiment:
         corpus = f"{self.corpus}{'-small' if self.small else ''}"
         folder = self.bases / f"{corpus}-{name}-seed{seed}"
         if self.corpus == "positive_control":
-            command = ["base", "--seed", str(seed), "--granularity", granularity, *(["--blocks"] if blocks else [])]
+            command = ["base", "--seed", str(seed), *(["--program", "blocks=true"] if blocks else [])]
             return self._control_base(folder, command, seed, inherited)
         return self._stdlib_base(folder, self.bases / f"{corpus}-corpus", seed, ["parallel.tensor=1", *inherited])
 
@@ -120,7 +120,7 @@ class Experiment:
         On the positive control also `CONTROL_FIGURES`.
         """
         folder = self.folder(base, name)
-        self.midtrain(folder, *self._start(base), *settings)
+        self.midtrain(folder, base.corpus, base.model, *self._start(base), *settings)
         figures: Record = {"seed": base.seed, **run_figures(folder)}
         return figures | self._control_figures(folder) if self.corpus == "positive_control" else figures
 
@@ -130,7 +130,8 @@ class Experiment:
 
     def resolved(self, base: Base, *settings: str) -> RunConfig:
         """The configuration of a run from `base`."""
-        return load_config(self.config, [f"run_folder={self.out}", *self._start(base), *settings])
+        places = [f"run_folder={self.out}", f"corpus.folder={base.corpus}", f"model.folder={base.model}"]
+        return load_config(self.config, [*places, *self._start(base), *settings])
 
     def ntp_settings(self, base: Base) -> list[str]:
         """Settings of the NTP baseline: as many snippets and updates as the M-steps of a run from `base`."""
@@ -140,10 +141,16 @@ class Experiment:
         steps = config.em.rounds * config.mstep.steps
         return ["em.rounds=0", "latents.comments=strip", f"warmup.steps={steps}", *same]
 
-    def midtrain(self, folder: Path, *settings: str) -> None:
+    def midtrain(self, folder: Path, corpus: Path, model: Path, *settings: str) -> None:
         """Run, resume or skip `ra3 midtrain`; SystemExit with the end of its log when it fails."""
-        command = [*_RA3, "midtrain", str(self.config), f"run_folder={folder}", *settings]
-        self._once(command, folder, folder / "summary.json")
+        places = [f"run_folder={folder}", f"corpus.folder={corpus}", f"model.folder={model}"]
+        call_once(
+            [*RA3, "midtrain", self.config, *places, *settings],
+            folder / "summary.json",
+            folder.with_name(f"{folder.name}.log"),
+            folder.name,
+            inputs=[self.config, corpus / "manifest.json", model],
+        )
 
     def publish(
         self, records: Sequence[Record], rows: Sequence[Row], headings: Mapping[str, str], columns: Sequence[Column]
@@ -163,45 +170,37 @@ class Experiment:
 
     def _start(self, base: Base) -> list[str]:
         """Settings of every run from `base`."""
-        places = [f"corpus.folder={base.corpus}", f"model.folder={base.model}", "warmup.steps=0"]
-        return [*places, *(SMALL if self.small else ()), *base.settings, *self.settings]
-
-    def _once(self, command: Sequence[str], folder: Path, result: Path) -> None:
-        """Call `command` unless this very command has made `result`; `folder` keeps it, its log stands beside."""
-        record = folder / "command.json"
-        if record.is_file() and result.is_file() and json.loads(record.read_text(encoding="utf-8")) == list(command):
-            return
-        _call(command, folder.with_name(f"{folder.name}.log"), folder.name)
-        record.write_text(json.dumps(command, indent=1) + "\n", encoding="utf-8")
+        return ["warmup.steps=0", *(SMALL if self.small else ()), *base.settings, *self.settings]
 
     def _stdlib_base(self, folder: Path, corpus: Path, seed: int, settings: Sequence[str]) -> Base:
         if not (corpus / "manifest.json").is_file():
             size = SMALL_CORPUS if self.small else STDLIB_CORPUS
-            _call([*_RA3, "prepare", "--stdlib", "--out", str(corpus), *size], corpus.with_suffix(".log"), "corpus")
-        places = [f"corpus.folder={corpus}", f"model.folder={EXAMPLES / 'quickstart' / 'model'}", "model.init=random"]
+            call([*RA3, "prepare", "--stdlib", "--out", corpus, *size], corpus.with_suffix(".log"), "corpus")
         steps = 3 if self.small else self.base_steps or 300
         small = SMALL if self.small else ()
-        self.midtrain(folder, *places, *small, *settings, "em.rounds=0", f"warmup.steps={steps}")
+        model = EXAMPLES / "quickstart" / "model"
+        start = ["model.init=random", "em.rounds=0", f"warmup.steps={steps}"]
+        self.midtrain(folder, corpus, model, *small, *settings, *start)
         return Base(corpus, folder / "export", seed, tuple(settings))
 
     def _control_base(self, folder: Path, command: Sequence[str], seed: int, settings: Sequence[str]) -> Base:
         steps = 3 if self.small else self.base_steps
         training = [*(SMALL if self.small else ()), *settings, *([f"warmup.steps={steps}"] if steps else [])]
-        command = [sys.executable, str(CONTROL), *command, "--out", str(folder)]
-        command += [*(SMALL_CONTROL if self.small else ()), *(f"--set={setting}" for setting in training)]
-        if (folder / "command.json").is_file() or not (folder / "base" / "summary.json").is_file():
-            self._once(command, folder, folder / "base" / "summary.json")
+        result, log = folder / "base" / "summary.json", folder.with_name(f"{folder.name}.log")
+        if log.is_file() or not result.is_file():
+            size = SMALL_CONTROL if self.small else ()
+            whole = [sys.executable, CONTROL, *command, "--out", folder, *size, *(f"--set={item}" for item in training)]
+            call_once(whole, result, log, folder.name, inputs=[self.config])
         return Base(folder / "corpus", folder / "base" / "export", seed, tuple(settings))
 
     def _control_figures(self, folder: Path) -> Record:
         """What the positive control measures on its held-out programs, kept beside the run."""
-        path = folder / "control.json"
-        if not path.is_file() or path.stat().st_mtime < (folder / "summary.json").stat().st_mtime:
-            command = [sys.executable, str(CONTROL), "evaluate", "--run", str(folder), "--out", str(path)]
-            command += ["--programs", "20"] if self.small else []
-            _call(command, folder.with_name(f"{folder.name}.log"), f"{folder.name} evaluated")
+        path, name = folder.with_name(f"{folder.name}-control.json"), f"{folder.name} evaluated"
+        size = ["--programs", "20"] if self.small else []
+        command = [sys.executable, CONTROL, "evaluate", "--run", folder, "--out", path, *size]
+        call_once(command, path, path.with_suffix(".log"), name, inputs=[folder / "export"])
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: found[name] for name in CONTROL_FIGURES}
+        return {name: found[name] for name in CONTROL_FIGURES if name in found}
 
 
 def experiment(description: str, add_arguments: Any = None) -> tuple[Experiment, argparse.Namespace]:
@@ -218,6 +217,8 @@ def experiment(description: str, add_arguments: Any = None) -> tuple[Experiment,
     if add_arguments is not None:
         add_arguments(parser)
     given = parser.parse_args()
+    if len(set(given.seeds)) < len(given.seeds):
+        parser.error(f"--seeds {' '.join(map(str, given.seeds))}: a seed counts once")
     shared = Experiment(
         corpus=given.corpus,
         out=given.out,
@@ -229,26 +230,3 @@ def experiment(description: str, add_arguments: Any = None) -> tuple[Experiment,
         settings=given.set,
     )
     return shared, given
-
-
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000", **os.environ}
-"""Memory is given back late: with models this small, page faults would cost a fifth of the time."""
-_RA3 = [sys.executable, "-m", "megatron_ra3"]
-
-
-def _call(command: Sequence[str], log: Path, label: str) -> None:
-    """Run a command into its log with one line on the screen; Ctrl-C reaches it too, and is given time to save."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{time.strftime('%H:%M:%S')} {label:<44} ", end="", flush=True)
-    started = time.monotonic()
-    with log.open("a", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_ENVIRONMENT)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-    print(f"{'done' if status == 0 else f'status {status}'} in {time.monotonic() - started:.0f} s", flush=True)
-    if status:
-        tail = log.read_text(encoding="utf-8").splitlines()[-15:]
-        raise SystemExit("\n".join([*tail, f"{label} ended with status {status}; all of it is in {log}"]))

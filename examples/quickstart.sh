@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RA3 mid-training end to end, small, with every real part: a base model from scratch on this Python's standard library,
-# two EM rounds (two tensor-parallel Megatron ranks, one vLLM engine), the NTP baseline on as many tokens, and a table.
+# two EM rounds (two tensor-parallel Megatron ranks, one vLLM engine), the NTP baseline on as many tokens as its M-steps, and a table.
 # Interrupted, the same command goes on where it stopped. RA3_QUICKSTART names its folder, RA3_BASE_STEPS the steps of the
 # base model; key=value arguments go to all three runs, before what each sets itself.
 set -euo pipefail

@@ -262,7 +262,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r}: write it as key=value, for instance estep.penalty=0.05")
+            raise ValueError(f"override {override!r}: write it as key=value, for instance objective.penalty=0.05")
         _set(tree, key.strip(), _parse(value, f"override {override!r}"))
     config = _build(RunConfig, tree, "")
     validate(config)
@@ -485,11 +485,32 @@ def _check_objective(config: RunConfig) -> None:
             f"objective.gate_entropy_floor={aim.gate_entropy_floor}: must be at least 0 and below log 2 = 0.693 nats, "
             "the most a gate can have"
         )
+    if aim.ppo_clip and aim.importance_weight != "truncate":
+        raise ValueError(
+            f"objective.importance_weight={aim.importance_weight}: objective.ppo_clip={aim.ppo_clip} takes its place; "
+            "set one of the two"
+        )
+    if aim.gate_exploration:
+        _check_exploration(aim, rollouts)
     if aim.gate != "sampled" and (aim.gate_exploration or aim.gate_entropy_floor):
         raise ValueError(
             f"objective.gate={aim.gate}: there is no gate to explore; set objective.gate_exploration=0 and "
             "objective.gate_entropy_floor=0"
         )
+
+
+def _check_exploration(aim: ObjectiveConfig, rollouts: int) -> None:
+    """Refuse what would undo exploration: its choices are unlikely under the policy, as stale ones are."""
+    explores = f"objective.gate_exploration={aim.gate_exploration}"
+    if aim.gate_exploration >= 1.0:
+        raise ValueError(f"{explores}: must be below 1, or the policy's own gates are never drawn")
+    if aim.ppo_clip or aim.importance_weight == "mask":
+        raise ValueError(
+            f"{explores}: clip and mask would drop what was explored; set objective.ppo_clip=0 and "
+            "objective.importance_weight=truncate"
+        )
+    if rollouts < 2:
+        raise ValueError(f"{explores}: E-steps of one rollout do not explore; raise estep.rollouts_per_snippet")
 
 
 def _check_ranges(config: RunConfig) -> None:

@@ -54,8 +54,8 @@ class EStep:
     def update(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         """Score the rollouts, form advantages and take one optimizer step.
 
-        Where no group holds two different rollouts there is nothing to learn and no step is taken: Adam would blow
-        rounding noise up to a full-sized update. A term on the gate's own law always has something to learn.
+        Where every advantage is 0, as between equal rollouts, there is nothing to learn and no step is taken: Adam
+        would blow rounding noise up to a full-sized update. A term on the gate's own law always has something to learn.
 
         Args:
             groups: this replica's snippets, each with its G rollouts.
@@ -75,7 +75,7 @@ class EStep:
         decisions, gates = (int(self.layout.sum_number_over_dp(count)) for count in rollouts.sampled())
         differing = self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages))
         if differing or (gates and self._regularises_gates):
-            result = self._policy_gradient(rollouts, packing, advantages, decisions, gates)
+            result = self._policy_gradient(rollouts, advantages, decisions, gates)
         lines = _PerLine(
             counts=[rollouts.per_line(rollouts.counts, indices) for indices in packing],
             advantage=_joined([advantages[index] for indices in packing for index in indices]),
@@ -88,7 +88,7 @@ class EStep:
 
         `objective` is the mean reward of a line. `elbo` is the sum of log pi(a_t | s_t, z_t) - KL_Bern(rho_t || 1 -
         alpha') over the tokens of all lines, so that it can be compared across granularities: the sequential bound with
-        the model itself as the law of new latents (algorithm.md 2).
+        the model itself as the law of new latents (algorithm.md 2). Gates that were told are free of charge.
         """
         packing = self._pack(trajectories)
         scored = self._score(trajectories, packing)
@@ -157,6 +157,8 @@ class EStep:
         self, items: Sequence[Trajectory], scored: Sequence[_Scored], packing: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         """Per item [T] the value of each line had its own latent been `<act>`."""
+        if not items:
+            return []
         own = per_item([self._values(item) for item in scored], packing, items)
         tokens = torch.cat(per_item([item.batch.line_tokens for item in scored], packing, items))
         found = Counterfactuals.of(items, self.format)
@@ -176,13 +178,12 @@ class EStep:
         return objective.line_values(scored.scores.line, scored.batch.line_tokens, self.settings)
 
     def _policy_gradient(
-        self,
-        rollouts: Rollouts,
-        packing: Sequence[Sequence[int]],
-        advantages: Sequence[Tensor],
-        decisions: int,
-        gates: int,
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], decisions: int, gates: int
     ) -> dict[str, float]:
+        """Step on all rollouts where gates pay for their law, else on those that have an advantage."""
+        learning = [i for i, item in enumerate(advantages) if self._regularises_gates or bool(item.any())]
+        chosen = self._pack([rollouts.items[i] for i in learning])
+        packing = [[learning[k] for k in indices] for indices in chosen]
         batches = [self._batch(rollouts.items, indices, with_lines=False) for indices in packing]
         credit = [count * advantage for count, advantage in zip(rollouts.counts, advantages, strict=True)]
         line_credit = [torch.cat([credit[index] for index in indices]) for indices in packing]
@@ -218,7 +219,8 @@ class EStep:
         sums = self._decision_sums(scored, lines) | self._line_sums(scored, lines)
         means = global_means(self.layout, {name: (float(a), float(b)) for name, (a, b) in sums.items()})
         square = means.pop("square")
-        return means | {"effective_samples": means["importance_weight"] ** 2 / square if square else 1.0}
+        drawn = means.pop("drawn")
+        return means | {"effective_samples": means["importance_weight"] ** 2 / square if square else 1.0 - drawn}
 
     def _decision_sums(self, scored: Sequence[_Scored], lines: _PerLine) -> dict[str, tuple[Tensor, Tensor]]:
         """How far trainer and engine agree on what was sampled."""
@@ -233,6 +235,7 @@ class EStep:
             "mismatch": ((drawn * (_joined(law) - behaviour).abs()).sum(), draws),
             "importance_weight": ((drawn * weights).sum(), draws),
             "square": ((drawn * weights**2).sum(), draws),
+            "drawn": (draws, draws),
         }
 
     def _sampling_law(self, batch: LatentBatch, policy: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ class ObjectiveConfig:
     gate: Gate = "sampled"
     """`sampled`: the model decides before each action; `always`, `never`: it is told."""
     latent_cost: Literal["penalty", "sticky_kl"] = "penalty"
-    """`penalty`: c per rationale; `sticky_kl`: KL to the sticky prior instead, its content against the reference."""
+    """`penalty`: c per rationale; `sticky_kl`: KL to the sticky prior instead, its content against the reference. The
+    bound itself takes `line_reward=sum`: with `mean`, the KL weighs as much as a line's tokens more."""
     penalty: float = 0.05
-    """c: nats taken from the line reward for each rationale."""
+    """c: nats taken from the line reward for each rationale, for `latent_cost=penalty`."""
     stickiness: float = 0.9
     """alpha': prior probability of keeping the rationale, for `latent_cost=sticky_kl`."""
     line_reward: Literal["mean", "sum"] = "mean"
@@ -51,7 +52,7 @@ class ObjectiveConfig:
     """If positive, PPO's clipped surrogate with this half-width takes the place of the weighted log-prob."""
     gate_exploration: float = 0.0
     """epsilon: the gate is drawn from (1-epsilon) q + epsilon/2. With per-decision weights the gradient is that of the
-    exploring policy's return; switch it off to optimise the policy's own."""
+    exploring policy's return; switch it off to optimise the policy's own. The E-step alone explores."""
     gate_entropy_floor: float = 0.0
     """If positive, a gate whose entropy (nats, below log 2) is lower pays `gate_entropy_weight` times the gap."""
     gate_entropy_weight: float = 1.0

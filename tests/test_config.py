@@ -21,6 +21,7 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inpr
         ("engine.repetition_penalty=1.1", "set engine.repetition_penalty=1.0"),
         ("engine.temperature=0.7", "set engine.temperature=1.0"),
         ("estep.rollouts_per_snippet=1", "needs at least 2"),
+        ("objective.gate_exploration=1", "objective.gate_exploration=1.0: must be below 1"),
         ("objective.discount=1.5", "must lie between 0 and 1"),
         ("latents.surface=comment", "must be one of"),
         ("latents.comments=keep_as_code", "set latents.surface=special"),
@@ -57,6 +58,26 @@ def test_file_and_overrides_are_merged_and_typed(tmp_path: Path):
     assert config.objective.penalty == 0.2
     assert config.engine.urls == ("http://a:1", "http://b:2")
     assert config.mstep.steps == 50
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("gate_exploration=0.1", "ppo_clip=0.2"), "clip and mask would drop what was explored"),
+        (("gate_exploration=0.1", "importance_weight=mask"), "clip and mask would drop what was explored"),
+        (("ppo_clip=0.2", "importance_weight=mask"), "objective.ppo_clip=0.2 takes its place"),
+    ],
+)
+def test_terms_that_undo_one_another_are_refused(overrides: tuple[str, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [*NEEDED, *(f"objective.{item}" for item in overrides)])
+
+
+def test_one_rollout_does_not_explore():
+    settings = ("objective.baseline=counterfactual", "estep.rollouts_per_snippet=1")
+    assert load_config(None, [*NEEDED, *settings]).estep.rollouts_per_snippet == 1
+    with pytest.raises(ValueError, match=r"raise estep\.rollouts_per_snippet"):
+        load_config(None, [*NEEDED, *settings, "objective.gate_exploration=0.1"])
 
 
 @pytest.mark.parametrize(

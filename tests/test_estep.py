@@ -300,6 +300,20 @@ def test_rollouts_that_do_not_differ_leave_the_weights_alone(world):
     assert all(torch.equal(moved[name], tensor) for name, tensor in weights(world.trainer).items())
 
 
+@pytest.mark.parametrize("baseline", ["group", "counterfactual", "both"])
+def test_a_replica_without_snippets_takes_its_part(world, baseline):
+    """It may have been dealt snippets that are all too long; the others wait for it in every collective."""
+    metrics = world.estep(dataclasses.replace(CONFIG, baseline=baseline)).update([])
+    assert (metrics["loss"], metrics["think_rate"], metrics["effective_samples"]) == (0.0, 0.0, 1.0)
+
+
+def test_no_sample_is_effective_where_the_mask_drops_all(world):
+    groups = _groups(FORMATS["newline"])
+    settings = dataclasses.replace(CONFIG, importance_weight="mask", max_importance_weight=1.0 + 1e-12)
+    metrics = world.estep(settings).update(groups)
+    assert (metrics["importance_weight"], metrics["effective_samples"]) == (0.0, 0.0)
+
+
 def test_a_gate_learns_its_own_law_even_where_rollouts_do_not_differ(world):
     """Sticky KL and entropy floor need no contrast between rollouts."""
     same = [[group[0]] * 4 for group in _groups(FORMATS["newline"])]

@@ -1,6 +1,7 @@
 import itertools
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_ra3.corpus.tokenizer import CodeTokenizer, train_tokenizer
 from megatron_ra3.latents import LatentFormat, Trajectory
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "positive_control"
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 import costs  # noqa: E402
 import evaluate  # noqa: E402
@@ -131,7 +132,7 @@ def test_figures_of_a_hand_made_trajectory(tokenizer: CodeTokenizer, surface: st
     assert figures["think_rate_hard"] == pytest.approx(2 / 3)
     assert figures["think_rate_easy"] == pytest.approx(1 / 7)
     assert figures["rationale_tokens"] == pytest.approx((5 + 4) / 2)
-    assert figures["needed_tokens"] == pytest.approx((5 + 4 + 3) / 3)
+    assert figures["needed_tokens"] == pytest.approx((5 + 4) / 2)
     assert figures["rationale_correct"] == 0.5
     assert figures["rationale_ends_right"] == 0.5
 
@@ -172,6 +173,7 @@ def test_table_adds_up_costs_and_averages_over_seeds(tmp_path: Path) -> None:
         **dict.fromkeys(("think_rate_hard_base", "think_rate_easy_base", "rationale_correct_base"), 0.5),
         **{f"accuracy_hard_{name}": 0.25 for name in ("base", "base_act", "ra3_act", "ntp")},
         "needed_tokens": 4.0,
+        "commits": ["abc"],
         "training_tokens": {"base": 4e6, "ra3": 1e6, "ntp": 5e6},
         "flops": {"base": 2e12, "ra3": 1e12, "ntp": 2.5e12},
     }
@@ -190,3 +192,31 @@ def test_table_adds_up_costs_and_averages_over_seeds(tmp_path: Path) -> None:
     assert [row["trained on, M tokens"] for row in by_model.values()] == [
         f"{m} ± 0.00" for m in ("4.00", "4.00", "5.00", "5.00", "5.00")
     ]
+
+
+def test_all_goes_from_corpus_to_table_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    small = [
+        "warmup.steps=2",
+        "warmup.snippets_per_step=4",
+        "em.rounds=1",
+        "estep.steps=1",
+        "estep.snippets_per_step=1",
+    ]
+    small += ["estep.rollouts_per_snippet=2", "mstep.steps=1", "mstep.snippets_per_step=2", "evaluate.snippets=2"]
+    command = [sys.executable, str(EXAMPLE / "run.py"), "all", "--seeds", "3", "--out", str(tmp_path), "--only", "ntp"]
+    command += ["--programs", "4000", *(f"--set={setting}" for setting in small)]
+
+    def call() -> str:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert call().count(" done in ") == 7  # a corpus, three runs, three evaluations
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["seeds"] == [3]
+    assert {"think_rate_hard", "think_rate_easy", "accuracy_hard_ra3", "accuracy_hard_ntp"} <= found.keys()
+    tokens = found["per_seed"][0]["training_tokens"]
+    assert tokens["ntp"] >= tokens["base"] + tokens["ra3"] > tokens["base"] > 0
+    again = call()
+    assert " done in " not in again
+    assert results.table(found) in again

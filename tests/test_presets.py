@@ -61,7 +61,7 @@ def test_whole_snippet_presets_start_at_their_reference_and_leave_it(small_corpu
 def test_every_term_at_once_still_learns(small_corpus, tmp_path):
     found = run(
         small_corpus, tmp_path, "objective.latent_cost=sticky_kl", "objective.baseline=both", "objective.ppo_clip=0.2",
-        "objective.reference_kl=0.1", "objective.gate_entropy_floor=0.2", "objective.importance_weight=mask",
+        "objective.reference_kl=0.1", "objective.gate_entropy_floor=0.2",
         "objective.granularity=statement", "objective.line_reward=sum",
     )  # fmt: skip
     for step in found["estep"]:

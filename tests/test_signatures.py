@@ -167,7 +167,14 @@ def test_a_window_does_not_reach_into_the_round_before():
 
 
 def test_a_gate_that_always_thinks_by_order_is_not_blamed():
-    assert names(configure("objective.gate=always"), history({"think_rate": 1.0})) == []
+    assert names(configure("objective.gate=always"), history({"think_rate": 1.0, "advantage_think": -0.05})) == []
+
+
+def test_advantages_that_hold_later_rewards_say_nothing_of_thinking():
+    settings = ("objective.baseline=counterfactual", "objective.horizon=8")
+    assert names(configure(*settings), history({"advantage_think": -6.0})) == []
+    settings = ("objective.baseline=counterfactual", "objective.horizon=1")
+    assert names(configure(*settings), history({"advantage_think": -6.0})) == [("thinking_does_not_pay", 1)]
 
 
 def test_advice_names_what_makes_thinking_dear():

@@ -31,7 +31,7 @@ COLUMNS = (
     Column("nats", "CE, nats/code token", 4),
     Column("act_nats", "CE, act everywhere", 4),
     Column("nats_code_only", "CE, lines alone", 4),
-    Column("elbo", "ELBO, nats/code token", 4),
+    Column("elbo", "ELBO, nats/line token", 4),
     Column("objective", "J, nats/line", 4),
     Column("reward", "E-step reward, nats/line", 4),
     Column("think_rate", "thinks, % of held-out lines", 1, 100),
@@ -45,7 +45,7 @@ ROUND_PANELS = (
         "held-out CE, nats per code token",
         {"nats": "latents sampled and charged", "act_nats": "act everywhere", "nats_code_only": "lines alone"},
     ),
-    Panel("held-out ELBO, nats per code token", {"elbo": "sticky prior"}),
+    Panel("held-out ELBO, nats per line token", {"elbo": "sticky prior"}),
     Panel(
         "objective, nats per line",
         {

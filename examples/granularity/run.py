@@ -5,8 +5,10 @@
 
 Per seed and granularity: a base model that saw native comments as latents at that granularity, RA3 from it, and NTP on
 as many snippets and updates as RA3's M-steps. Special tokens are the surface form throughout, since a newline cannot
-open a latent inside a line; the code and its tokens are the same everywhere. On the positive control question and
-answer are one compound statement, so that a statement differs from a line: its rationale comes before the question.
+open a latent inside a line; the code and its tokens are the same everywhere, and so is the price of a rationale:
+rewards are sums of log-probs, c is in nats, and returns reach over about as much code. On the positive control question
+and answer are one compound statement, so that a statement differs from a line: its rationale comes before the question,
+where none can help, and the chains in native comments stand inside it, where no rationale does.
 
 Figures are held-out, nats per original code token. `CE`: latents sampled and charged. `lines alone`: without the cost
 of gates and rationales; finer actions pay for more gates even where they never think. `gain`: NTP's nats minus RA3's,
@@ -27,7 +29,11 @@ from megatron_ra3.config import load_config
 from megatron_ra3.report.experiments import Column, Record, over_seeds
 from megatron_ra3.report.plots import Panel, draw
 
-GRANULARITIES = ("line", "statement", "token")
+HORIZON = {"line": 4, "statement": 4, "token": 24}
+"""H, in actions of each granularity."""
+GRANULARITIES = tuple(HORIZON)
+PENALTY = 0.25
+"""c: what 0.05 nats per token are on a line of five tokens."""
 COLUMNS = (
     Column("nats", "CE, nats/code token", 4),
     Column("nats_code_only", "lines alone", 4),
@@ -39,7 +45,7 @@ COLUMNS = (
     Column("accuracy_hard", "accuracy on hard lines, %", 1, 100),
     Column("ntp_accuracy_hard_act", "NTP's, %", 1, 100),
     Column("requests_per_rollout", "requests/rollout", 2),
-    Column("tokens", "tokens trained on, k", 1, 1e-3),
+    Column("tokens", "M-step tokens, k", 1, 1e-3),
     Column("seconds", "all steps, s", 0),
 )
 PANELS = (
@@ -80,6 +86,11 @@ def main() -> None:
 def one_run(shared: Experiment, seed: int, granularity: str) -> Record:
     """RA3 and its NTP baseline from the base model of one granularity, in one record."""
     settings = ["latents.surface=special", f"corpus.max_snippet_tokens={snippet_tokens(shared)}"]
+    settings += [
+        "objective.line_reward=sum",
+        f"objective.penalty={PENALTY}",
+        f"objective.horizon={HORIZON[granularity]}",
+    ]
     base = shared.base(seed, f"granularity-{granularity}", granularity=granularity, settings=settings, blocks=True)
     ra3 = shared.run(base, f"{granularity}-ra3")
     ntp = shared.run(base, f"{granularity}-ntp", *shared.ntp_settings(base))

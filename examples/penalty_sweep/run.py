@@ -6,8 +6,9 @@
 Per seed, all from one base model: RA3 at every c, and NTP on as many snippets and updates as RA3's M-steps, acting
 everywhere (c = infinity). Figures are held-out, nats per original code token. `gain`: the base model's nats, acting
 everywhere, minus the run's with latents sampled, the cost of gates and rationales charged to both. `gain, lines
-alone`: the same for the code alone. `thinking adds`: what the same weights gain over acting everywhere, lines alone.
-Cost: tokens of the M-steps, requests to the engine per E-step rollout, seconds of all steps without start-up.
+alone`: the same for the code alone. `over NTP`: NTP's nats minus the run's, seed by seed. `thinking adds`: what the
+same weights gain over acting everywhere, lines alone. Cost: tokens of the M-steps, requests to the engine per E-step
+rollout, seconds of all steps without start-up.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ COLUMNS = (
     Column("rationale_tokens", "rationale, tokens", 1),
     Column("gain", "gain, nats/code token", 4),
     Column("gain_code_only", "gain, lines alone", 4),
+    Column("over_ntp", "over NTP, lines alone", 4),
     Column("thinking_adds", "thinking adds", 4),
     Column("accuracy_hard", "accuracy on hard lines, %", 1, 100),
     Column("accuracy_hard_act", "acting everywhere, %", 1, 100),
     Column("requests_per_rollout", "requests/rollout", 2),
-    Column("tokens", "tokens trained on, k", 1, 1e-3),
+    Column("tokens", "M-step tokens, k", 1, 1e-3),
     Column("estep_seconds", "E-steps, s", 0),
     Column("seconds", "all steps, s", 0),
 )
@@ -93,13 +95,15 @@ def one_seed(shared: Experiment, seed: int, penalties: list[float]) -> list[Reco
     records = [
         {"c": penalty, **shared.run(base, f"c{penalty:g}", f"objective.penalty={penalty:g}")} for penalty in penalties
     ]
-    records.append({"c": NTP, **shared.run(base, "ntp", *shared.ntp_settings(base))})
-    return [with_gains(record, start) for record in records]
+    ntp = {"c": NTP, **shared.run(base, "ntp", *shared.ntp_settings(base))}
+    return [*(with_gains(record, start, ntp) for record in records), with_gains(ntp, start)]
 
 
-def with_gains(record: Record, start: Record) -> Record:
-    """A run's record with its gains over the base model's record `start`."""
+def with_gains(record: Record, start: Record, ntp: Record | None = None) -> Record:
+    """A run's record with its gains over the base model's record `start`, and over that of NTP on the same seed."""
+    beside = {} if ntp is None else {"over_ntp": ntp["act_nats_code_only"] - record["nats_code_only"]}
     return {
+        **beside,
         **record,
         "gain": start["act_nats"] - record["nats"],
         "gain_code_only": start["act_nats_code_only"] - record["nats_code_only"],

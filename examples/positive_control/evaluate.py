@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from megatron_ra3.corpus.tokenizer import CodeTokenizer
     from megatron_ra3.model.trainer import Trainer
 
-SAMPLING_SEED = 20_000
-
 
 @dataclass(frozen=True, slots=True)
 class HardLine:
@@ -70,7 +68,7 @@ def measure(
     latent_format: LatentFormat,
     tokenizer: CodeTokenizer,
 ) -> dict[str, Any]:
-    """All figures of a set of trajectories.
+    """All figures of a set of trajectories; those of rationales only where a hard line has one.
 
     Args:
         trajectories: whole programs with their latents.
@@ -91,18 +89,22 @@ def measure(
         str(count): _mean([ok for ok, line in zip(right, hard, strict=True) if hops(line.chain) == count])
         for count in sorted({hops(line.chain) for line in hard})
     }
-    return {
+    figures: dict[str, Any] = {
         "programs": len(trajectories),
         "hard_lines": len(hard),
         "accuracy_hard": _mean(right),
         "accuracy_hard_by_hops": by_hops,
         "think_rate_hard": _mean([bool(line.rationales) for line in hard]),
         "think_rate_easy": sum(count for count, _ in easy) / max(1, sum(total for _, total in easy)),
-        "rationale_tokens": _mean([line.rationale_tokens for line in thinking]),
-        "needed_tokens": _mean([len(line.chain) + len(latent_format.close) for line in hard]),
-        "rationale_correct": _mean([line.rationales[-1] == line.chain for line in thinking]),
-        "rationale_ends_right": _mean([line.rationales[-1].endswith(line.chain[-1]) for line in thinking]),
     }
+    if thinking:
+        figures |= {
+            "rationale_tokens": _mean([line.rationale_tokens for line in thinking]),
+            "needed_tokens": _mean([len(line.chain) + len(latent_format.close) for line in thinking]),
+            "rationale_correct": _mean([line.rationales[-1] == line.chain for line in thinking]),
+            "rationale_ends_right": _mean([line.rationales[-1].endswith(line.chain[-1]) for line in thinking]),
+        }
+    return figures
 
 
 def evaluate_run(run_folder: Path, programs: int) -> dict[str, Any]:

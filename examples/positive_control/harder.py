@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run import evaluate_once
+
 from megatron_ra3.report.experiments import Column, Record, markdown, over_seeds
 
 RUN = Path(__file__).with_name("run.py")
@@ -59,10 +61,7 @@ def run_variant(out: Path, name: str, seed: int) -> Record:
     call("ra3", *place)
     row: Record = {"variant": name, "seed": seed}
     for run in ("base", "ra3"):
-        figures = folder / f"{run}.json"
-        if not figures.is_file():
-            call("evaluate", "--run", folder / run, "--out", figures)
-        found = json.loads(figures.read_text(encoding="utf-8"))
+        found = json.loads(evaluate_once(folder, run).read_text(encoding="utf-8"))
         row |= {f"{figure}_{run}": value for figure, value in found.items() if isinstance(value, float)}
     return row
 

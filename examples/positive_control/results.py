@@ -10,11 +10,11 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import commit_of
 from costs import Cost, forward_flops, run_cost
 from evaluate import run_config
 from programs import ProgramConfig
@@ -24,6 +24,8 @@ from megatron_ra3.report.experiments import Column, Estimate, Record, markdown, 
 from megatron_ra3.report.summary import read_metrics
 
 RUNS = ("base", "ra3", "ntp", "ntp_flops")
+THINKING = ("think_rate_hard", "think_rate_easy", "rationale_correct", "rationale_tokens", "needed_tokens")
+"""Of `evaluate.measure`; the last three are missing where no hard line has a rationale."""
 COLUMNS = (
     Column("think_rate_hard", "thinks on hard lines, %", 2, 100),
     Column("think_rate_easy", "on easy lines, %", 2, 100),
@@ -80,19 +82,19 @@ def seed_result(out: Path, seed: int) -> dict[str, Any]:
     steps = {name: read_metrics(out / name) for name in runs}
     return {
         "seed": seed,
-        **{name: ra3[name] for name in ("think_rate_hard", "think_rate_easy", "rationale_tokens", "needed_tokens")},
-        "rationale_correct": ra3["rationale_correct"],
+        **{name: ra3[name] for name in THINKING if name in ra3},
         "accuracy_hard_ra3": ra3["accuracy_hard"],
         "accuracy_hard_ra3_act": ra3["accuracy_hard_act"],
         **{f"accuracy_hard_{name}": found[name]["accuracy_hard_act"] for name in runs[2:]},
         "accuracy_hard_base": base["accuracy_hard"],
         "accuracy_hard_base_act": base["accuracy_hard_act"],
-        "think_rate_hard_base": base["think_rate_hard"],
-        "think_rate_easy_base": base["think_rate_easy"],
-        "rationale_correct_base": base["rationale_correct"],
-        "accuracy_hard_by_hops": {name: found[name]["accuracy_hard_by_hops"] for name in runs},
-        "nats_per_code_token": {name: found[name]["nats_per_code_token"] for name in runs},
+        **{f"{name}_base": base[name] for name in THINKING if name in base},
+        **{
+            figure: {name: found[name][figure if name in RUNS[:2] else f"{figure}_act"] for name in runs}
+            for figure in ("accuracy_hard_by_hops", "nats_per_code_token")
+        },
         "hard_lines": ra3["hard_lines"],
+        "commits": sorted({commit_of(out / f"{name}.log") for name in runs}),
         "training_tokens": {name: round(item.training_tokens) for name, item in costs.items()},
         "flops": {name: item.flops for name, item in costs.items()},
         "seconds": {name: round(sum(step["seconds"] for step in steps[name]), 1) for name in runs},
@@ -110,7 +112,7 @@ def aggregate(paths: Sequence[Path]) -> dict[str, Any]:
         f"gain_over_{name}": Estimate.of(
             [seed["accuracy_hard_ra3"] - seed[key] for seed in seeds if (key := f"accuracy_hard_{name}") in seed]
         )
-        for name in RUNS[2:]
+        for name in ("base", *RUNS[2:])
         if f"accuracy_hard_{name}" in names
     }
     estimates |= gains
@@ -122,8 +124,8 @@ def aggregate(paths: Sequence[Path]) -> dict[str, Any]:
             for name, estimate in estimates.items()
             if estimate.half_width is not None
         },
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), one per seed",
-        "commit": _commit(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), one in use",
+        "commits": sorted({commit for seed in seeds for commit in seed["commits"]}),
         "per_seed": seeds,
     }
 
@@ -136,13 +138,12 @@ def table(done: Mapping[str, Any]) -> str:
 
 def _by_model(seed: Mapping[str, Any]) -> list[Record]:
     """What a model costs includes the base it came from."""
-    thinking = ("think_rate_hard", "think_rate_easy", "rationale_correct")
     cost = {name: {measure: seed[measure][name] for measure in ("training_tokens", "flops")} for name in seed["flops"]}
     both = {measure: cost["base"][measure] + cost["ra3"][measure] for measure in cost["base"]}
     shown: list[Record] = [
-        {"model": "base", **{name: seed[f"{name}_base"] for name in thinking}, **cost["base"]},
+        {"model": "base", **{name: seed[key] for name in THINKING if (key := f"{name}_base") in seed}, **cost["base"]},
         {"model": "base, never thinking", **cost["base"]},
-        {"model": "RA3", **{name: seed[name] for name in (*thinking, "rationale_tokens", "needed_tokens")}, **both},
+        {"model": "RA3", **{name: seed[name] for name in THINKING if name in seed}, **both},
         {"model": "RA3, never thinking", **both},
         {"model": "NTP, as many tokens", **cost.get("ntp", {})},
         {"model": "NTP, as many operations", **cost.get("ntp_flops", {})},
@@ -158,9 +159,3 @@ def _by_model(seed: Mapping[str, Any]) -> list[Record]:
 def _model(out: Path) -> Mapping[str, Any]:
     model: dict[str, Any] = json.loads((out / "base" / "export" / "config.json").read_text(encoding="utf-8"))
     return model
-
-
-def _commit() -> str:
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

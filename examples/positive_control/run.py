@@ -11,15 +11,15 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from commands import RA3, call, call_once
 from evaluate import evaluate_run, run_config
 from programs import ProgramConfig, write_sources
 from results import aggregate, matched_tokens, seed_result, table, tokens_per_program
@@ -27,6 +27,7 @@ from results import aggregate, matched_tokens, seed_result, table, tokens_per_pr
 HERE = Path(__file__).parent
 CONFIG = HERE / "run.yaml"
 MODEL = HERE / "model"
+FROM_SCRATCH = ("model.init=random", "em.rounds=0")
 HELDOUT_FRACTION = 0.05
 TOKENIZER_VOCAB = {False: 279, True: 285}
 """By `blocks`: the 256 bytes, five special tokens, and the merges that spell the words of these programs; one more, and
@@ -40,44 +41,34 @@ def main() -> None:
 
 def make_base(given: argparse.Namespace) -> None:
     """DIR/corpus, and DIR/base: next-token training from random weights, native comments observed as rationales."""
-    changes = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in given.program)}
-    program = ProgramConfig(blocks=given.blocks, **changes)
-    make_corpus(given.out, program, programs=given.programs, seed=given.seed)
-    settings = [f"objective.granularity={given.granularity}", *given.set]
-    midtrain(given.out, "base", given.seed, "model.init=random", f"model.folder={MODEL}", "em.rounds=0", *settings)
+    make_corpus(given.out, _program(given.program), programs=given.programs, seed=given.seed)
+    midtrain(given.out, "base", MODEL, given.seed, *FROM_SCRATCH, *given.set)
 
 
 def make_ra3(given: argparse.Namespace) -> None:
     """DIR/ra3: EM rounds from DIR/base/export."""
-    midtrain(
-        given.out, "ra3", given.seed, f"model.folder={given.out / 'base' / 'export'}", "warmup.steps=0", *given.set
-    )
+    base = _finished(given.out / "base")
+    granularity = f"objective.granularity={run_config(base).objective.granularity}"
+    midtrain(given.out, "ra3", base / "export", given.seed, "warmup.steps=0", granularity, *given.set)
 
 
 def make_ntp(given: argparse.Namespace) -> None:
     """DIR/ntp and DIR/ntp_flops: next-token training without comments, on as many tokens, and as many operations."""
-    per_step = run_config(given.out / "base").warmup.snippets_per_step * tokens_per_program(given.out)
+    config = run_config(_finished(given.out / "base"))
+    if config.objective.granularity != "line":
+        raise SystemExit(f"{given.out}/base: the budgets of baselines are counted for lines, not for other actions")
+    per_step = config.warmup.snippets_per_step * tokens_per_program(given.out)
     for name, tokens in matched_tokens(given.out).items():
-        if name not in given.only:
-            continue
-        midtrain(
-            given.out,
-            name,
-            given.seed,
-            "model.init=random",
-            f"model.folder={MODEL}",
-            "em.rounds=0",
-            "latents.comments=strip",
-            f"warmup.steps={math.ceil(tokens / per_step)}",
-            f"warmup.max_tokens={tokens}",
-            *given.set,
-        )
+        if name in given.only:
+            steps = math.ceil(tokens / per_step)
+            length = (f"warmup.steps={steps}", f"warmup.max_tokens={tokens}")
+            midtrain(given.out, name, MODEL, given.seed, *FROM_SCRATCH, *given.set, "latents.comments=strip", *length)
 
 
 def evaluate(given: argparse.Namespace) -> None:
     """Write the figures of one run on held-out programs."""
+    figures = evaluate_run(_finished(given.run), given.programs)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    figures = evaluate_run(given.run, given.programs)
     given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
@@ -89,14 +80,12 @@ def make_all(given: argparse.Namespace) -> None:
         make_ra3(given)
         make_ntp(given)
         for name in ("base", "ra3", *given.only):
-            figures, summary = given.out / f"{name}.json", given.out / name / "summary.json"
-            if not figures.is_file() or figures.stat().st_mtime < summary.stat().st_mtime:
-                call([sys.executable, __file__, "evaluate", "--run", given.out / name, "--out", figures], figures)
+            evaluate_once(given.out, name)
         (given.out / "result.json").write_text(json.dumps(seed_result(given.out, seed), indent=1) + "\n")
     done = aggregate([given.folder / f"seed{seed}" / "result.json" for seed in given.seeds])
     path = given.folder / "results.json"
     path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    print(table(done), path, sep="\n\n")
+    print("", table(done), path, sep="\n\n")
 
 
 def make_corpus(out: Path, program: ProgramConfig, *, programs: int, seed: int) -> None:
@@ -113,41 +102,49 @@ def make_corpus(out: Path, program: ProgramConfig, *, programs: int, seed: int) 
     limits = ["--max-lines", program.lines, "--min-lines", program.lines, "--max-chars", 10_000]
     size = ["--heldout-fraction", HELDOUT_FRACTION, "--tokenizer-vocab", TOKENIZER_VOCAB[program.blocks]]
     call(
-        [*_RA3, "prepare", out / "sources", "--out", out / "corpus", "--overwrite", *limits, *size], out / "corpus.log"
+        [*RA3, "prepare", out / "sources", "--out", out / "corpus", "--overwrite", *limits, *size],
+        out / "corpus.log",
+        f"{out.name}/corpus",
     )
 
 
-def midtrain(out: Path, name: str, seed: int, *settings: str) -> None:
-    """Run or resume `ra3 midtrain` into `out`/`name`, unless it is finished under these very settings."""
-    folder, record = out / name, out / f"{name}.command.json"
-    command = [*_RA3, "midtrain", str(CONFIG), f"run_folder={folder}", f"corpus.folder={out / 'corpus'}"]
-    command += [f"seed={seed}", *settings]
-    if record.is_file() and json.loads(record.read_text()) == command and (folder / "summary.json").is_file():
-        return
-    record.write_text(json.dumps(command, indent=1) + "\n", encoding="utf-8")
-    call(command, out / f"{name}.log")
+def midtrain(out: Path, name: str, model: Path, seed: int, *settings: str) -> None:
+    """Run or resume `ra3 midtrain` into `out`/`name`, unless it is finished."""
+    folder = out / name
+    places = [f"run_folder={folder}", f"corpus.folder={out / 'corpus'}", f"model.folder={model}", f"seed={seed}"]
+    command = [*RA3, "midtrain", CONFIG, *places, *settings]
+    inputs = [CONFIG, out / "corpus" / "manifest.json", model]
+    call_once(command, folder / "summary.json", out / f"{name}.log", f"{out.name}/{name}", inputs=inputs)
 
 
-def call(command: Sequence[object], log: Path) -> None:
-    """Run a command into its log; SystemExit with the log's end when it fails."""
-    log = log.with_suffix(".log")
-    print(f"{time.strftime('%H:%M:%S')} {log.with_suffix('')}", flush=True)
-    with log.open("a", encoding="utf-8") as output:
-        done = subprocess.run(
-            [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT, env=_environment(), check=False
-        )
-    if done.returncode:
-        tail = log.read_text(encoding="utf-8").splitlines()[-15:]
-        raise SystemExit("\n".join([*tail, f"{log}: ended with status {done.returncode}"]))
+def evaluate_once(out: Path, name: str) -> Path:
+    """`out`/`name`.json, the figures of that run, made anew where the run's weights are not those it was made from."""
+    figures, run = out / f"{name}.json", out / name
+    command = [sys.executable, __file__, "evaluate", "--run", run, "--out", figures]
+    log = out / f"{name}.evaluate.log"
+    call_once(command, figures, log, f"{out.name}/{name} evaluated", inputs=[run / "export"])
+    return figures
 
 
-_RA3 = [sys.executable, "-m", "megatron_ra3"]
+def _finished(run: Path) -> Path:
+    if not (run / "summary.json").is_file():
+        raise SystemExit(f"{run} holds no finished run: make it first (`{Path(__file__).name} --help` lists the steps)")
+    return run
 
 
-def _environment() -> dict[str, str]:
-    """One thread, and memory that is given back late: with so small a model, page faults would cost a fifth."""
-    late = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-    return {"OMP_NUM_THREADS": "1", **late, **os.environ}
+def _program(changes: Sequence[str]) -> ProgramConfig:
+    """The programs that FIELD=VALUE arguments ask for; SystemExit names what is wrong with them."""
+    fields = [field.name for field in dataclasses.fields(ProgramConfig)]
+    values = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if name not in fields or not equals:
+            raise SystemExit(f"--program {change}: write FIELD=VALUE, FIELD one of {', '.join(fields)}")
+        values[name] = yaml.safe_load(value)
+    try:
+        return ProgramConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--program: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,8 +166,6 @@ def _parser() -> argparse.ArgumentParser:
             both = ("ntp", "ntp_flops")
             command.add_argument("--only", nargs="+", choices=both, default=both, help="default: both")
         if name in ("base", "all"):
-            command.add_argument("--blocks", action="store_true", help="pairs of lines as compound statements")
-            command.add_argument("--granularity", choices=("line", "statement", "token"), default="line")
             command.add_argument("--programs", type=int, default=30_000, help="default %(default)s")
             command.add_argument(
                 "--program", action="append", default=[], metavar="FIELD=VALUE", help="see ProgramConfig"

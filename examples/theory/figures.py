@@ -38,7 +38,7 @@ def draw_regret(path: Path, instances: Sequence[Row], trade_off: Sequence[Row]) 
     right.errorbar(
         sizes,
         [row["regret"] for row in trade_off],
-        [1.96 * row["rl_error_standard_error"] for row in trade_off],
+        [row["rl_error_half_width"] for row in trade_off],
         color="black",
         marker="o",
         markersize=3,

@@ -23,6 +23,8 @@ import numpy as np
 from fits import exponent
 from mdp import MDP, Array, Option, OptionModel, optimum, option_model, random_mdp, random_options
 
+from megatron_ra3.report.experiments import Estimate
+
 Durations = Literal["fixed", "random", "fixed and primitive"]
 KINDS: tuple[Durations, ...] = ("fixed", "random", "fixed and primitive")
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -139,4 +141,4 @@ def slopes(samples: Samples) -> list[dict[str, float | str]]:
 
 
 def _half_width(values: Sequence[float] | Array) -> float:
-    return float(1.96 * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Estimate.of([float(value) for value in values]).half_width or math.nan

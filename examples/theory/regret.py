@@ -32,6 +32,8 @@ from mdp import (
     value_iteration,
 )
 
+from megatron_ra3.report.experiments import Estimate
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -160,7 +162,7 @@ def trade_off(rng: np.random.Generator, *, steps: int, learners: int) -> list[di
                 "regret": float(np.mean([sample.regret for sample in samples])),
                 "pruning_error": samples[0].pruning_error,
                 "rl_error": float(errors.mean()),
-                "rl_error_standard_error": float(errors.std(ddof=1) / np.sqrt(learners)),
+                "rl_error_half_width": Estimate.of(errors.tolist()).half_width,
                 "residual": max(sample.residual for sample in samples),
             }
         )

@@ -65,7 +65,7 @@ class RolloutBench:
             )
         if not self.think_rates or not all(0.0 < rate < 1.0 for rate in self.think_rates):
             raise ValueError(f"think_rates={self.think_rates}: needs rates above 0 and below 1")
-        for name in ("snippets", "lines", "line_tokens", "rollouts", "repeats", "layers"):
+        for name in ("snippets", "lines", "line_tokens", "rollouts", "repeats", "layers", "rationale_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
@@ -77,7 +77,11 @@ class RolloutBench:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One `sample` call. `prefilled_tokens` are those computed, not those found in the prefix cache."""
+    """One `sample` call.
+
+    `prefilled_tokens` are those computed, not those found in the prefix cache; of an engine that does not count
+    (`inprocess`), those of its requests.
+    """
 
     wall_s: float
     requests: int
@@ -163,7 +167,7 @@ def measure(bench: RolloutBench) -> dict[str, Any]:
 
 
 def random_snippets(bench: RolloutBench) -> list[Snippet]:
-    """Snippets of random tokens; lines vary by a third around `line_tokens`."""
+    """Snippets of random tokens; lines have two thirds of `line_tokens` to all of them."""
     draw = random.Random(bench.seed)
     fewest, most = max(1, bench.line_tokens * 2 // 3), bench.line_tokens
     ids = range(len(SPELLED), bench.vocab_size)

@@ -15,16 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from megatron_ra3.report.summary import read_metrics
 
 Record = dict[str, Any]
 """One run (or one round or step of it): what it varies, its seed, and its figures."""
-
-_T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-_NORMAL_975 = 1.960
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,7 @@ class Estimate:
         mean, count = statistics.fmean(values), len(values)
         if count < 2:
             return cls(mean, None, count)
-        quantile = _T_975[count - 2] if count - 2 < len(_T_975) else _NORMAL_975
+        quantile = float(student_t.ppf(0.975, count - 1))
         return cls(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
 
 

@@ -186,7 +186,9 @@ def _rationales(window: Sequence[Record], config: RunConfig) -> Found:
     if _is_beyond(malformed, ">", MOST):
         what, limit = "rationale tokens / latents.max_rationale_tokens", limits.max_cap_fraction
         yield from _judge("rationales_cut", what, [length / cap for length in lengths], ">", limit)
-    if len(thinking) >= GAIN_STEPS:
+    aim = config.objective
+    later_rewards_stay = aim.baseline == "counterfactual" and aim.horizon > 1
+    if len(thinking) >= GAIN_STEPS and aim.gate == "sampled" and not later_rewards_stay:
         what, limit = "advantage of lines with a rationale", -limits.max_thinking_loss_nats
         gain = _values(thinking, "advantage_think")
         yield from _judge("thinking_does_not_pay", what, gain, "<", limit, show=_nats, errors=GAIN_ERRORS)
