@@ -30,6 +30,7 @@ from megatron_ra3.mstep import NextToken
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
+from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
@@ -239,12 +240,17 @@ class Run:
         self._engine.sync(self.progress.weight_version)
 
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
-        """Per snippet its rollouts, the same on every rank of the replica."""
+        """Per snippet its rollouts, the same on every rank of the replica.
+
+        EngineError when something was sampled with other weights than the current ones.
+        """
         if not self.samples_latents:
             return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
         assert self._engine is not None, "sync_engine comes first"
         seed = self.config.seed * 1_000_003 + self.progress.total_steps
-        return self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
+        groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
+        _check_versions(groups, self.progress.weight_version)
+        return groups
 
     def sampling_metrics(self) -> dict[str, float]:
         """What the last `sample` call cost, over all replicas, per rollout."""
@@ -354,3 +360,18 @@ class Run:
             sampler.think_rate = self._think_rates.get(rollouts_per_snippet, sampler.think_rate)
             self._samplers[rollouts_per_snippet] = sampler
         return self._samplers[rollouts_per_snippet]
+
+
+def _check_versions(groups: Sequence[Sequence[Trajectory]], current: int) -> None:
+    versions = {
+        version
+        for group in groups
+        for item in group
+        for version, drawn in zip(item.weight_versions, item.sampled, strict=True)
+        if drawn
+    }
+    if versions - {current}:
+        raise EngineError(
+            f"rollouts came with weight versions {sorted(versions)}, the trainer is at {current}: give every run "
+            "engines of its own (engine.urls)"
+        )

@@ -15,6 +15,8 @@ import yaml
 
 from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.em import midtrain
+from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.rollout.inprocess import InProcessEngine
 from megatron_ra3.run import StopRequestedError
 from tests.distributed import run_ranks
 from tests.small import make_config
@@ -59,6 +61,13 @@ def test_next_token_training_learns(small_corpus, tmp_path):
     midtrain(config)
     losses = [record["loss"] for record in _metrics(config)[:-1]]
     assert sum(losses[-5:]) < sum(losses[:5]) - 5.0
+
+
+def test_rollouts_of_other_weights_are_refused(small_corpus, tmp_path, monkeypatch):
+    """As of an engine that another run shares, or that was restarted with the weights it began with."""
+    monkeypatch.setattr(InProcessEngine, "set_version", lambda engine, version: None)
+    with pytest.raises(EngineError, match=r"weight versions \[0\], the trainer is at 2: .*engine\.urls"):
+        midtrain(make_config(small_corpus, tmp_path))
 
 
 @pytest.mark.parametrize("stops", [(4,), (6, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1, 1)])
