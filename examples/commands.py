@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RA3 = [sys.executable, "-m", "megatron_ra3"]
+CONTROL_EM = ("objective.line_gradient=1",)
+"""RA3's settings on the positive control beside its run.yaml: a model this small unlearns its lines without."""
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from commands import RA3, call, call_once
+from commands import CONTROL_EM, RA3, call, call_once
 
 from megatron_ra3.config import NextTokenConfig, RunConfig, load_config
 from megatron_ra3.report.experiments import Column, Record, Row, markdown, run_figures, write_results
@@ -170,7 +170,8 @@ class Experiment:
 
     def _start(self, base: Base) -> list[str]:
         """Settings of every run from `base`."""
-        return ["warmup.steps=0", *(SMALL if self.small else ()), *base.settings, *self.settings]
+        control = CONTROL_EM if self.corpus == "positive_control" else ()
+        return ["warmup.steps=0", *control, *(SMALL if self.small else ()), *base.settings, *self.settings]
 
     def _stdlib_base(self, folder: Path, corpus: Path, seed: int, settings: Sequence[str]) -> Base:
         if not (corpus / "manifest.json").is_file():

@@ -142,14 +142,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose layout, model, corpus, tokenizer or settings differ; ValueError lists every difference.
 
-    `em.rounds` may grow, which adds phases at the end; from 0, or back, it changes those that are done.
+    `em.rounds` may grow, which adds phases at the end; from 0, or back, it changes those that are done. A setting that
+    is younger than the checkpoint counts as its default, which must leave things as they were without it.
     """
     differences = [
         f"{key}: {manifest.get(key)} in the checkpoint, {expected[key]} now"
         for key in ("layout", "model", "corpus", "tokenizer")
         if manifest.get(key) != expected[key]
     ]
-    saved, current = _flat(manifest["config"]), _flat(expected["config"])
+    saved = _flat(to_dict(RunConfig())) | _flat(manifest["config"])
+    current = _flat(expected["config"])
     rereads = any(_reads_initial_weights(settings) for settings in (saved, current))
     compared = {"model.folder"} if rereads else set()
     differences += [

@@ -433,6 +433,7 @@ _NOT_NEGATIVE = (
     "objective.penalty",
     "objective.reference_kl",
     "objective.gate_entropy_weight",
+    "objective.line_gradient",
     "objective.format_penalty",
     "estep.window",
     "em.rounds",
@@ -489,6 +490,11 @@ def _check_objective(config: RunConfig) -> None:
         raise ValueError(
             f"objective.importance_weight={aim.importance_weight}: objective.ppo_clip={aim.ppo_clip} takes its place; "
             "set one of the two"
+        )
+    if aim.line_gradient and aim.gate == "never":
+        raise ValueError(
+            f"objective.line_gradient={aim.line_gradient} with objective.gate=never: an E-step samples nothing; set "
+            "objective.line_gradient=0 and leave the lines to the M-step"
         )
     if aim.gate_exploration:
         _check_exploration(aim, rollouts)

@@ -74,7 +74,7 @@ class EStep:
         result = {"loss": 0.0, "grad_norm": 0.0}
         decisions, gates = (int(self.layout.sum_number_over_dp(count)) for count in rollouts.sampled())
         differing = self.layout.sum_number_over_dp(sum(float(item.abs().sum()) for item in advantages))
-        if differing or (gates and self._regularises_gates):
+        if differing or (gates and self._regularises_gates) or (decisions and self.settings.line_gradient):
             result = self._policy_gradient(rollouts, advantages, decisions, gates)
         lines = _PerLine(
             counts=[rollouts.per_line(rollouts.counts, indices) for indices in packing],
@@ -180,11 +180,13 @@ class EStep:
     def _policy_gradient(
         self, rollouts: Rollouts, advantages: Sequence[Tensor], decisions: int, gates: int
     ) -> dict[str, float]:
-        """Step on all rollouts where gates pay for their law, else on those that have an advantage."""
-        learning = [i for i, item in enumerate(advantages) if self._regularises_gates or bool(item.any())]
+        """Step on all rollouts where gates pay for their law or lines learn, else on those that have an advantage."""
+        teaches_lines = self.settings.line_gradient > 0.0
+        all_learn = self._regularises_gates or teaches_lines
+        learning = [i for i, item in enumerate(advantages) if all_learn or bool(item.any())]
         chosen = self._pack([rollouts.items[i] for i in learning])
         packing = [[learning[k] for k in indices] for indices in chosen]
-        batches = [self._batch(rollouts.items, indices, with_lines=False) for indices in packing]
+        batches = [self._batch(rollouts.items, indices, with_lines=teaches_lines) for indices in packing]
         credit = [count * advantage for count, advantage in zip(rollouts.counts, advantages, strict=True)]
         line_credit = [torch.cat([credit[index] for index in indices]) for indices in packing]
         line_counts = [rollouts.per_line(rollouts.counts, indices).float() for indices in packing]
@@ -200,6 +202,10 @@ class EStep:
                 self.settings,
                 global_count=decisions,
             )
+            if scores.line is not None:
+                counts = line_counts[index].to(scores.line.device)
+                tokens = batch.line_tokens.to(scores.line.device)
+                total = total + objective.line_loss(scores.line, tokens, counts, self.settings, global_count=decisions)
             if not self._regularises_gates:
                 return total
             drawn = batch.gate_sampled.nonzero().squeeze(1)

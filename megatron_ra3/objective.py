@@ -202,6 +202,25 @@ def gate_regulariser(
     return loss
 
 
+def line_loss(
+    logprob: Tensor, tokens: Tensor, counts: Tensor, settings: ObjectiveConfig, *, global_count: int
+) -> Tensor:
+    """-mu sum_t n_t l_t / N over the lines [T] of all rollouts, l_t as the reward has it (algorithm.md 3).
+
+    The gradient of J = E sum_t r_t has two parts where one set of weights is both q and pi: that of the law of the
+    latents, which is `policy_gradient_loss`, and that of the rewards themselves, which is this with mu = 1.
+
+    Args:
+        logprob: [T] log pi(a_t | s_t, z_t) in nats, summed over the line's tokens, with gradient.
+        tokens: [T] of each line.
+        counts: [T] n_t, how many rollouts share the line.
+        settings: mu (`line_gradient`), and whether l_t is a token mean or a sum.
+        global_count: N of `policy_gradient_loss`.
+    """
+    value = logprob / tokens if settings.line_reward == "mean" else logprob
+    return -settings.line_gradient * (counts * value).sum() / max(global_count, 1)
+
+
 def next_token_loss(logprobs: Tensor, weights: Tensor, *, global_weight: float) -> Tensor:
     """-sum_u w_u log pi(u) / W over tokens [U]; W is the sum of weights over all ranks (algorithm.md 5)."""
     return -(weights * logprobs).sum() / max(global_weight, 1e-30)

@@ -56,6 +56,10 @@ class ObjectiveConfig:
     gate_entropy_floor: float = 0.0
     """If positive, a gate whose entropy (nats, below log 2) is lower pays `gate_entropy_weight` times the gap."""
     gate_entropy_weight: float = 1.0
+    line_gradient: float = 0.0
+    """mu: weight of the reward's own gradient, which teaches lines beside latents. With 0 only latents learn, but
+    through weights that lines share: a small model unlearns its lines if the step is not small. With 1 the step ascends
+    J in all weights."""
 
     @property
     def needs_reference(self) -> bool:
@@ -85,7 +89,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     "ntp": {"gate": "never"},
     "rlp": {"granularity": "token", "gate": "always", "penalty": 0.0, "horizon": 1, "baseline": "counterfactual"},
     "brite": {**_WHOLE_SNIPPET, "reference_kl": 1.0},
-    "latro": {**_WHOLE_SNIPPET, "reference_kl": 0.05},
+    "latro": {**_WHOLE_SNIPPET, "reference_kl": 0.05, "line_gradient": 1.0},
 }
 """Settings of each preset that differ from the defaults of `ObjectiveConfig`."""
 

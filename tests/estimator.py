@@ -50,7 +50,9 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
 
 def gradient(value: Tensor, policy: Policy, exploration: float = 0.0) -> Tensor:
     """Gradient of `value`, 0 where it does not depend on the policy; its gate part divided by 1 - epsilon."""
-    gate, content = torch.autograd.grad(value, policy.tensors, allow_unused=True, materialize_grads=True)
+    gate, content = torch.autograd.grad(
+        value, policy.tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return flat((gate / (1 - exploration), content))
 
 

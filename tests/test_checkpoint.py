@@ -171,6 +171,14 @@ def test_every_difference_to_the_resuming_run_is_listed(layout):
     ]
 
 
+def test_a_setting_younger_than_the_checkpoint_counts_as_its_default(layout):
+    saved = _identity(layout=layout)
+    del saved["config"]["objective"]["line_gradient"]
+    check_compatible(Path("c"), saved, _identity(layout=layout))
+    with pytest.raises(ValueError, match=r"objective\.line_gradient: 0\.0 in the checkpoint, 1\.0 now"):
+        check_compatible(Path("c"), saved, _identity("objective.line_gradient=1", layout=layout))
+
+
 def test_settings_that_alter_no_state_may_change(layout):
     changed = (
         "run_folder=other", "corpus.folder=moved", "corpus.tokenizer=moved", "corpus.verify_checksums=false",

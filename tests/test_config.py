@@ -22,6 +22,7 @@ NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inpr
         ("engine.temperature=0.7", "set engine.temperature=1.0"),
         ("estep.rollouts_per_snippet=1", "needs at least 2"),
         ("objective.gate_exploration=1", "objective.gate_exploration=1.0: must be below 1"),
+        ("objective={gate: never, line_gradient: 1.0}", "set objective.line_gradient=0"),
         ("objective.discount=1.5", "must lie between 0 and 1"),
         ("latents.surface=comment", "must be one of"),
         ("latents.comments=keep_as_code", "set latents.surface=special"),

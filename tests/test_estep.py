@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "penalty": {},
     "counterfactual, mask": {"baseline": "counterfactual", "importance_weight": "mask"},
     "both, reference, clip": {"baseline": "both", "reference_kl": 0.3, "ppo_clip": 0.2},
+    "lines learn": {"line_gradient": 0.7},
     "sticky, sum": {"latent_cost": "sticky_kl", "stickiness": 0.8, "line_reward": "sum"},
     "everything": {
         "latent_cost": "sticky_kl",
@@ -49,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "gate_entropy_floor": 0.5,
         "gate_entropy_weight": 0.7,
         "gate_exploration": 0.1,
+        "line_gradient": 1.0,
     },
 }
 
@@ -228,6 +230,8 @@ def _expected_loss(
                 if settings.baseline != "counterfactual":
                     advantage -= sum(others) / len(others)
                 brought += sum(_weighted(*pair, advantage, settings) for pair in line.decisions)
+                per = line.tokens if settings.line_reward == "mean" else 1
+                brought += settings.line_gradient * line.logprob / per
                 decisions += len(line.decisions)
                 gate_kl += line.gate_kl
                 gates += line.gate_sampled
@@ -314,10 +318,10 @@ def test_no_sample_is_effective_where_the_mask_drops_all(world):
     assert (metrics["importance_weight"], metrics["effective_samples"]) == (0.0, 0.0)
 
 
-def test_a_gate_learns_its_own_law_even_where_rollouts_do_not_differ(world):
-    """Sticky KL and entropy floor need no contrast between rollouts."""
+def test_gates_learn_their_own_law_and_lines_what_they_are_even_where_rollouts_do_not_differ(world):
+    """Sticky KL, entropy floor and the reward's own gradient need no contrast between rollouts."""
     same = [[group[0]] * 4 for group in _groups(FORMATS["newline"])]
-    for changes in ({"latent_cost": "sticky_kl"}, {"gate_entropy_floor": 0.6}):
+    for changes in ({"latent_cost": "sticky_kl"}, {"gate_entropy_floor": 0.6}, {"line_gradient": 1.0}):
         before = weights(world.trainer)
         metrics = world.estep(dataclasses.replace(CONFIG, **changes), learning_rate=1e-4).update(same)
         assert metrics["loss"] > 0

@@ -6,6 +6,7 @@ rounding; where sampling is needed, z-scores decide, and a wrong estimator must 
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -306,20 +307,40 @@ def test_where_thinking_costs_too_much_the_best_policy_never_thinks():
 def test_the_whole_estep_has_the_exact_gradient_over_every_pair_of_rollouts(exploration, horizon):
     """Packing, scoring, advantages, weights and normaliser together; pairs that are alike have no gradient."""
     model, policy = instance(2, lines=2)
+    expected = _estep_gradient(model, policy, horizon=horizon, gate_exploration=exploration)
+    surrogate = tabular.credited_value(model, policy, horizon=horizon, discount=1.0, exploration=exploration)
+    truth = gradient(surrogate, policy, exploration)
+    assert relative(expected - truth, truth) < 1e-6
+
+
+def test_with_the_line_gradient_the_estep_ascends_j_in_weights_that_lines_share():
+    """Lines whose log-probs move with the gates' logits: without it the gradient is that of fixed lines, far off."""
+    model, policy = instance(2, lines=2)
+    shared = Model(model.emission + 0.5 * policy.gate, model.penalty)
+    truth = gradient(tabular.value(shared, policy), policy)
+    fixed = gradient(tabular.value(Model(shared.emission.detach(), model.penalty), policy), policy)
+    assert relative(fixed - truth, truth) > 0.5
+    for weight, meant in ((1.0, truth), (0.0, fixed), (0.3, 0.3 * truth + 0.7 * fixed)):
+        expected = _estep_gradient(shared, policy, line_gradient=weight)
+        assert relative(expected - meant, meant) < 1e-6
+
+
+def _estep_gradient(model: Model, policy: Policy, **settings: Any) -> torch.Tensor:
+    """What `EStep.update` ascends, times N, in the mean over every pair of rollouts."""
+    config = ObjectiveConfig(penalty=model.penalty, **{"horizon": 2, **settings})
+    exploration = config.gate_exploration
     paths = tabular.all_paths(model)
     gates, contents = (item.detach() for item in tabular.decision_logprobs(policy, paths))
     gates = torch.log((1 - exploration) * torch.exp(gates) + exploration / 2)
     probability = torch.exp((gates + contents).sum(-1)).tolist()
     items = [trajectory(model, paths[torch.tensor(i)], (gates[i], contents[i])) for i in range(len(probability))]
     trainer = TabularTrainer(model, policy)
-    config = ObjectiveConfig(penalty=model.penalty, horizon=horizon, gate_exploration=exploration)
     estep = EStep(config, 1e-4, trainer, LAYOUT, FORMAT, micro_batch_tokens=20)
     expected = torch.zeros_like(trainer.found)
-    for a, b in itertools.combinations(range(len(items)), 2):
+    for a, b in itertools.combinations_with_replacement(range(len(items)), 2):
+        trainer.found.zero_()  # no step is taken where there is nothing to learn
         metrics = estep.update([[items[a], items[b]]])
         assert metrics["mismatch"] < 1e-6
         decisions = sum(items[a].sampled) + sum(items[b].sampled)
-        expected -= 2 * probability[a] * probability[b] * trainer.found * decisions / 2
-    surrogate = tabular.credited_value(model, policy, horizon=horizon, discount=1.0, exploration=exploration)
-    truth = gradient(surrogate, policy, exploration)
-    assert relative(expected - truth, truth) < 1e-6
+        expected -= (1 + (a != b)) * probability[a] * probability[b] * trainer.found * decisions / 2
+    return expected

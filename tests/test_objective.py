@@ -142,7 +142,7 @@ def test_presets_are_the_corners_they_are_named_after():
     assert (rlp.granularity, rlp.gate, rlp.penalty, rlp.baseline) == ("token", "always", 0.0, "counterfactual")
     brite, latro = ObjectiveConfig.of("brite"), ObjectiveConfig.of("latro")
     assert (brite.granularity, brite.gate, brite.penalty, brite.reference_kl) == ("snippet", "always", 0.0, 1.0)
-    assert latro == dataclasses.replace(brite, preset="latro", reference_kl=0.05)
+    assert latro == dataclasses.replace(brite, preset="latro", reference_kl=0.05, line_gradient=1.0)
     assert ObjectiveConfig.of("rlp", penalty=0.1).penalty == 0.1
     assert set(PRESETS) == {"ra3", "ntp", "rlp", "brite", "latro"}
 

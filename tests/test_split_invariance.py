@@ -29,6 +29,7 @@ EVERYTHING = ObjectiveConfig(
     ppo_clip=0.2,
     gate_entropy_floor=0.5,
     line_reward="sum",
+    line_gradient=0.5,
 )
 ESTEPS = {"estep": ObjectiveConfig(), "everything": EVERYTHING}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from commands import RA3, call, call_once
+from commands import CONTROL_EM, RA3, call, call_once
 from evaluate import evaluate_run, run_config
 from programs import ProgramConfig, write_sources
 from results import aggregate, matched_tokens, seed_result, table, tokens_per_program
@@ -49,7 +49,7 @@ def make_ra3(given: argparse.Namespace) -> None:
     """DIR/ra3: EM rounds from DIR/base/export."""
     base = _finished(given.out / "base")
     granularity = f"objective.granularity={run_config(base).objective.granularity}"
-    midtrain(given.out, "ra3", base / "export", given.seed, "warmup.steps=0", granularity, *given.set)
+    midtrain(given.out, "ra3", base / "export", given.seed, "warmup.steps=0", granularity, *CONTROL_EM, *given.set)
 
 
 def make_ntp(given: argparse.Namespace) -> None:
