@@ -1,0 +1,96 @@
+"""Which backend computes what: Triton on a Hopper GPU, torch elsewhere, and every fallback counted with its reason."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ra3.kernels import fp8, reference
+from megatron_ra3.kernels.partials import Normaliser
+from megatron_ra3.kernels.problem import Gradients, Problem
+
+if TYPE_CHECKING:
+    from megatron_ra3.kernels.linear_logprob import HeadCache, Precision
+
+FALLBACKS: Counter[str] = Counter()
+"""How often the torch backend took a call meant for the kernels, by reason."""
+ALIGNMENT_BYTES = 16
+"""What the tensor memory accelerator asks of a row's length."""
+
+
+class Backend(Protocol):
+    """One way to compute partials and gradients."""
+
+    def forward(self, problem: Problem, precision: Precision, cache: HeadCache | None) -> Tensor:
+        """Partials [4, N] of this shard."""
+
+    def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
+        """Gradients of hidden [N, H], this shard's part, and of weight [V, H]."""
+
+
+class TorchBackend:
+    """`reference`, and `fp8` in torch."""
+
+    def forward(self, problem: Problem, precision: Precision, cache: HeadCache | None) -> Tensor:
+        """Partials [4, N] of this shard."""
+        if precision in ("fp32", "bf16"):
+            return reference.forward(problem)
+        return fp8.forward(problem, quantized_head(problem, cache), rescored=precision == "fp8_rescored")
+
+    def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
+        """Gradients of hidden [N, H], this shard's part, and of weight [V, H]."""
+        return reference.backward(problem, norm, entropy, grads)
+
+
+def quantized_head(problem: Problem, cache: HeadCache | None) -> fp8.Head:
+    """The problem's weight in e4m3, from the cache where there is one."""
+    if cache is None:
+        return fp8.Head.of(problem.weight)
+    return cache.head.get(problem.weight, cache.version)
+
+
+def choose(problem: Problem, precision: Precision) -> Backend:
+    """The kernels, or torch where they cannot be used (counted in `FALLBACKS`) or fp32 was asked for."""
+    if precision == "fp32" or not len(problem.hidden) or not len(problem.weight):
+        return TorchBackend()
+    reason = refusal(problem, precision)
+    if reason is None:
+        return _triton_backend()
+    FALLBACKS[reason] += 1
+    return TorchBackend()
+
+
+def refusal(problem: Problem, precision: Precision) -> str | None:
+    """Why the kernels cannot take this problem; None where they can."""
+    width = problem.hidden.shape[1]
+    bytes_per_row = width * (1 if precision.startswith("fp8") else problem.hidden.element_size())
+    if (width * problem.hidden.element_size()) % ALIGNMENT_BYTES or bytes_per_row % ALIGNMENT_BYTES:
+        return f"hidden size {width} at {precision}: a row must be a multiple of {ALIGNMENT_BYTES} bytes"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted():
+        return None
+    if not problem.hidden.is_cuda:
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(problem.hidden.device)
+    if capability < (9, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 9.0"
+    return None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _triton_backend() -> Backend:
+    from megatron_ra3.kernels.triton_backend import TritonBackend
+
+    return TritonBackend()

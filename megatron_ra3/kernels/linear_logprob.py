@@ -1,0 +1,163 @@
+"""`linear_logprob`: log-probabilities of given tokens straight from hidden states, [N, V] logits never held.
+
+The likelihood reward, the policy gradient and next-token training all need log p(target) per token. Materialised
+logits cost N·V floats (5 GB for 8k tokens of Qwen) and, cast to bf16, 0.01 nats of noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ra3.kernels import backends, partials
+from megatron_ra3.kernels.fp8 import QuantizedHead
+from megatron_ra3.kernels.problem import Gradients, Problem
+
+Precision = Literal["fp32", "bf16", "fp8", "fp8_rescored"]
+
+
+class HeadCache(NamedTuple):
+    """A quantised output layer and the version of the weights that are to be scored now."""
+
+    head: QuantizedHead
+    version: int
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = None,
+    precision: Precision = "fp32",
+    with_entropy: bool = False,
+    cache: HeadCache | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return log softmax(hidden @ weight.T / temperature)[targets] in nats, differentiable in `hidden` and `weight`.
+
+    Args:
+        hidden: [N, H], identical on all ranks of `tp_group`.
+        weight: [V_padded/tp, H], this rank's rows of the output layer.
+        targets: [N] integer global token ids.
+        tp_group: ranks among which the vocabulary is split.
+        vocab_size: number of real tokens; weight rows beyond it are padding and never read.
+        temperature: divides the logits.
+        ignore_index: rows with this target are left out: log-prob, entropy and gradient 0.
+        precision: of the operands; products are added up in fp32. `bf16` rounds them to bf16, `fp8` to e4m3, and
+            `fp8_rescored` computes the target's and the largest logits again in bf16 (see `fp8`). `fp32` takes them as
+            they are; fp64 inputs stay fp64.
+        with_entropy: return the entropy of the law too.
+        cache: where an FP8 head is kept between calls; quantised anew each time if None.
+
+    Returns:
+        [N] in fp32 (fp64 for fp64 inputs), never above 0 and bitwise the same on all ranks of `tp_group`; with
+        `with_entropy` a pair with the entropies [N]. The gradient of `hidden` is summed over `tp_group`, that of
+        `weight` is local. On a GPU, where looking would stall it, rows with a target outside [0, vocab_size) are NaN.
+
+    Raises:
+        ValueError: a target outside [0, vocab_size) (on a CPU), a vocab_size that the weight's rows cannot hold, a
+            temperature that is not positive, or a gradient asked of `fp8`.
+    """
+    vocab_size = _checked(weight, targets, tp_group, vocab_size, temperature, ignore_index, precision)
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if precision == "fp8" and wants_gradient:
+        raise ValueError(
+            "precision=fp8 has no gradient: its normaliser is off by 0.06 nats; set fp8_rescored or bf16 for losses"
+        )
+    options = _Options(tp_group, vocab_size, temperature, precision, with_entropy, cache)
+    if ignore_index is None:
+        logprob, entropy = _LinearLogprob.apply(hidden, weight, targets, options)
+    else:
+        kept = (targets != ignore_index).nonzero().squeeze(1)
+        found = _LinearLogprob.apply(hidden.index_select(0, kept), weight, targets[kept], options)
+        logprob, entropy = (part.new_zeros(len(targets)).index_copy(0, kept, part) for part in found)
+    return (logprob, entropy) if with_entropy else logprob
+
+
+class _Options(NamedTuple):
+    tp_group: ProcessGroup | None
+    vocab_size: int
+    temperature: float
+    precision: Precision
+    with_entropy: bool
+    cache: HeadCache | None
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Forward keeps a few numbers per row; backward computes the logits again, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+        problem = _problem(hidden, weight, targets, options)
+        backend = backends.choose(problem, options.precision)
+        local = backend.forward(problem, options.precision, options.cache)
+        logprob, entropy, norm = partials.merge(local, options.tp_group)
+        ctx.save_for_backward(hidden, weight, targets, entropy, *norm)
+        ctx.options, ctx.backend = options, backend
+        if not options.with_entropy:
+            entropy = torch.zeros_like(entropy)
+            ctx.mark_non_differentiable(entropy)
+        if targets.is_cuda:
+            logprob = torch.where((targets >= 0) & (targets < options.vocab_size), logprob, torch.nan)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, entropy, row_max, log_sum = ctx.saved_tensors
+        problem = _problem(hidden, weight, targets, ctx.options)
+        norm = partials.Normaliser(row_max, log_sum)
+        grads = Gradients(upstream[0], upstream[1] if ctx.options.with_entropy else None)
+        grad_hidden, grad_weight = ctx.backend.backward(problem, norm, entropy, grads)
+        group = ctx.options.tp_group
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(grad_hidden, group=group)
+        padding = len(weight) - len(grad_weight)
+        grad_weight = torch.nn.functional.pad(grad_weight.to(weight.dtype), (0, 0, 0, padding))
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _problem(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> Problem:
+    if options.precision != "fp32":
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    return Problem.of(
+        hidden,
+        weight,
+        targets.long(),
+        options.tp_group,
+        vocab_size=options.vocab_size,
+        temperature=options.temperature,
+        with_entropy=options.with_entropy,
+    )
+
+
+def _checked(
+    weight: Tensor,
+    targets: Tensor,
+    tp_group: ProcessGroup | None,
+    vocab_size: int | None,
+    temperature: float,
+    ignore_index: int | None,
+    precision: Precision,
+) -> int:
+    """The number of real tokens; ValueError names what is wrong."""
+    padded = weight.shape[0] * (tp_group.size() if tp_group is not None else 1)
+    vocab_size = padded if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= padded:
+        raise ValueError(f"vocab_size={vocab_size} must be in 1..{padded}, the rows of the output layer")
+    if temperature <= 0.0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} must be one of {', '.join(get_args(Precision))}")
+    if not targets.is_cuda:
+        wrong = (targets < 0) | (targets >= vocab_size)
+        if ignore_index is not None:
+            wrong &= targets != ignore_index
+        if wrong.any():
+            raise ValueError(f"target {int(targets[wrong][0])} is outside the vocabulary [0, {vocab_size})")
+    return vocab_size

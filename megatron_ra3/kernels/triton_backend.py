@@ -1,0 +1,191 @@
+"""Launches the Triton kernels and finishes what they leave: merged segments, exact targets, gradient GEMMs.
+
+Written for Triton 3.6 and later on sm_90. Under Triton's interpreter the same code runs on CPU tensors, in fp32 where
+the interpreter is wrong about bf16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megatron_ra3.kernels import fp8, partials
+from megatron_ra3.kernels.backends import quantized_head
+from megatron_ra3.kernels.partials import Normaliser
+from megatron_ra3.kernels.problem import Gradients, Problem
+from megatron_ra3.kernels.triton_kernels import forward_kernel, gather_dot_kernel, gradient_kernel
+
+if TYPE_CHECKING:
+    from megatron_ra3.kernels.linear_logprob import HeadCache, Precision
+
+LOG2_E = 1.4426950408889634
+SEGMENTS = 12
+"""Parts of the vocabulary with sums of their own: fixed, so that a row's result does not depend on the launch."""
+GROUP_TILES = fp8.GROUP // fp8.TILE
+INTERPRETED_PROGRAMS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One way to cut the work: rows x columns x hidden of a tile, warps and pipeline stages of a program."""
+
+    rows: int
+    columns: int
+    hidden: int
+    warps: int
+    stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """As the kernels name them."""
+        return {"BLOCK_ROWS": self.rows, "BLOCK_COLUMNS": self.columns, "BLOCK_HIDDEN": self.hidden}
+
+
+@dataclass(slots=True)
+class Tuning:
+    """The tiles in use; `ra3 bench logprob` measures others."""
+
+    bf16: Tiles = Tiles(128, 256, 64, warps=8, stages=4)
+    fp8: Tiles = Tiles(128, fp8.TILE, 128, warps=8, stages=4)
+    gradient: Tiles = Tiles(128, 256, 64, warps=8, stages=3)
+    gradient_with_entropy: Tiles = Tiles(128, 128, 64, warps=8, stages=4)
+    gradient_columns: int = 8192
+    """Columns of the gradient of the logits that are alive at a time."""
+
+
+TUNING = Tuning()
+
+
+class TritonBackend:
+    """`reference` and `fp8` with the sums done by `triton_kernels`."""
+
+    def forward(self, problem: Problem, precision: Precision, cache: HeadCache | None) -> Tensor:
+        """Partials [4, N] of this shard."""
+        if precision == "bf16":
+            found, _ = _sums(problem, problem.hidden, problem.weight, TUNING.bf16, rescored=False)
+            return _with_targets(problem, found, _target_products(problem, problem.hidden, problem.weight))
+        head = quantized_head(problem, cache)
+        hidden, weight = fp8.quantize_hidden(problem.hidden, head), head.weight
+        found, maxima = _sums(problem, hidden, weight, TUNING.fp8, rescored=precision == "fp8_rescored")
+        if maxima is not None:
+            return fp8.rescore(problem, found, maxima, gather_dot)
+        scales = hidden.scales * weight.scales[problem.local_targets // fp8.TILE]
+        return _with_targets(problem, found, scales * _target_products(problem, hidden.values, weight.values))
+
+    def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
+        """Gradients of hidden [N, H], this shard's part, in fp32, and of weight [V, H]."""
+        hidden, weight = problem.hidden, problem.weight
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
+        lse = (norm.row_max + norm.log_sum) * LOG2_E
+        for start in range(0, len(weight), TUNING.gradient_columns):
+            columns = slice(start, min(start + TUNING.gradient_columns, len(weight)))
+            grad_logits = _gradient(problem, columns, lse, entropy, grads)
+            if grad_logits.is_cuda:
+                grad_hidden += torch.mm(grad_logits, weight[columns], out_dtype=torch.float32)
+                torch.mm(grad_logits.T, hidden, out=grad_weight[columns])
+            else:
+                grad_hidden += grad_logits @ weight[columns].float()
+                grad_weight[columns] = (grad_logits.T @ hidden.float()).to(grad_weight.dtype)
+        return grad_hidden, grad_weight
+
+
+def gather_dot(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Dot products hidden [N, H] · weight[columns] for columns [N, k] int64: [N, k] in fp32."""
+    columns = columns.contiguous()
+    out = torch.empty(columns.shape, dtype=torch.float32, device=hidden.device)
+    block = min(2048, triton.next_power_of_2(hidden.shape[1]))
+    gather_dot_kernel[columns.shape](
+        hidden.contiguous(), weight.contiguous(), columns, out, hidden.shape[1],
+        PER_ROW=columns.shape[1], BLOCK_HIDDEN=block,
+    )  # fmt: skip
+    return out
+
+
+def _target_products(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    return gather_dot(hidden, weight, problem.local_targets[:, None]).squeeze(1)
+
+
+def _with_targets(problem: Problem, sums: Tensor, products: Tensor) -> Tensor:
+    """Sums [3, N] and the products of hidden states with their targets' rows as partials [4, N]."""
+    target = torch.where(problem.owned, products * problem.inverse_temperature, 0.0)
+    return torch.cat([sums, target[None]])
+
+
+def _sums(
+    problem: Problem, hidden: Tensor | fp8.Quantized, weight: Tensor | fp8.Quantized, tiles: Tiles, *, rescored: bool
+) -> tuple[Tensor, fp8.GroupMaxima | None]:
+    """The first three rows of partials, [3, N], in nats, and the group maxima where they are to be rescored."""
+    rows, vocab = len(problem.hidden), len(problem.weight)
+    device = problem.hidden.device
+    quantized = isinstance(hidden, fp8.Quantized)
+    x, row_scale = (hidden.values, hidden.scales) if isinstance(hidden, fp8.Quantized) else (hidden, hidden)
+    w, tile_scale = (weight.values, weight.scales) if isinstance(weight, fp8.Quantized) else (weight, weight)
+    groups = triton.cdiv(vocab, fp8.GROUP)
+    sums = torch.empty(SEGMENTS, 3, rows, device=device)
+    maxima = torch.empty(groups if rescored else 0, rows, device=device)
+    columns = torch.empty(maxima.shape, dtype=torch.int32, device=device)
+    row_programs, splits = _launch(triton.cdiv(rows, tiles.rows), device)
+    forward_kernel[(row_programs * splits,)](
+        _descriptor(x, tiles.rows, tiles.hidden), _descriptor(w, tiles.columns, tiles.hidden), row_scale, tile_scale,
+        torch.where(problem.owned, problem.local_targets, -1), sums, maxima, columns,
+        rows, vocab, x.shape[1], problem.inverse_temperature * LOG2_E, row_programs, segment_tiles(vocab, tiles),
+        SPLITS=splits, SEGMENTS=SEGMENTS, GROUP_TILES=GROUP_TILES, **tiles.blocks(),
+        FP8=quantized, RESCORED=rescored, ENTROPY=problem.with_entropy, UPCAST=_upcasts(x),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    sums[:, [partials.MAX, partials.WEIGHTED]] /= LOG2_E
+    return partials.add_up(sums), fp8.GroupMaxima(maxima / LOG2_E, columns.long()) if rescored else None
+
+
+def segment_tiles(vocab: int, tiles: Tiles) -> int:
+    """Tiles of a segment: a whole number of groups, and SEGMENTS of them hold the vocabulary."""
+    groups = triton.cdiv(triton.cdiv(vocab, tiles.columns), GROUP_TILES)
+    return int(triton.cdiv(groups, SEGMENTS) * GROUP_TILES)
+
+
+def _gradient(problem: Problem, columns: slice, lse: Tensor, entropy: Tensor, grads: Gradients) -> Tensor:
+    """Gradient of the logits of some columns, [N, columns]."""
+    tiles = TUNING.gradient if grads.entropy is None else TUNING.gradient_with_entropy
+    rows, width = len(problem.hidden), columns.stop - columns.start
+    interpreted = not problem.hidden.is_cuda
+    out_dtype = torch.float32 if interpreted else problem.hidden.dtype  # the interpreter truncates to bf16
+    out = torch.empty(rows, width, dtype=out_dtype, device=problem.hidden.device)
+    upstream = grads.logprob.float().contiguous()
+    gradient_kernel[(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.columns))](
+        _descriptor(problem.hidden, tiles.rows, tiles.hidden), _descriptor(problem.weight, tiles.columns, tiles.hidden),
+        torch.where(problem.owned, problem.local_targets, -1), lse, entropy,
+        upstream, upstream if grads.entropy is None else grads.entropy.float().contiguous(), out,
+        rows, len(problem.weight), problem.hidden.shape[1], columns.start, width,
+        problem.inverse_temperature * LOG2_E, problem.inverse_temperature,
+        **tiles.blocks(), ENTROPY=grads.entropy is not None, UPCAST=_upcasts(problem.hidden),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
+
+
+def _launch(row_tiles: int, device: torch.device) -> tuple[int, int]:
+    """Row programs and splits of the segments: as many programs as there are processors, the last round full."""
+    processors = INTERPRETED_PROGRAMS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    choices = []
+    for splits in (1, 2, 3, 4, 6, 12):
+        programs = min(row_tiles, processors // splits)
+        if programs:
+            rounds = triton.cdiv(row_tiles, programs) * SEGMENTS // splits
+            choices.append((rounds, splits, programs))
+    _, splits, programs = min(choices)
+    return programs, splits
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    return TensorDescriptor.from_tensor(tensor.contiguous(), [rows, columns])
+
+
+def _upcasts(tensor: Tensor) -> bool:
+    return not tensor.is_cuda and tensor.dtype == torch.bfloat16

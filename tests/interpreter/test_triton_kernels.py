@@ -1,0 +1,147 @@
+"""The Triton kernels under Triton's interpreter, against float64 on the operands as they are after rounding.
+
+The interpreter must be on before Triton is imported, so these run in a pytest process of their own
+(`tests/test_kernels_triton.py` starts it). Shapes are tiny: a tile costs milliseconds here.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ra3.kernels import fp8, linear_logprob, triton_backend
+from megatron_ra3.kernels.backends import FALLBACKS
+from megatron_ra3.kernels.triton_backend import Tiles
+
+SMALL = {
+    "bf16": Tiles(16, 64, 32, 4, 1),
+    "fp8": Tiles(16, fp8.TILE, 32, 4, 1),
+    "gradient": Tiles(16, 64, 32, 4, 1),
+    "gradient_with_entropy": Tiles(16, 64, 32, 4, 1),
+}
+PRECISIONS = ("bf16", "fp8", "fp8_rescored")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    for name, tiles in SMALL.items():
+        monkeypatch.setattr(triton_backend.TUNING, name, tiles)
+    monkeypatch.setattr(triton_backend.TUNING, "gradient_columns", 128)
+    FALLBACKS.clear()
+    yield
+    assert not FALLBACKS, FALLBACKS
+
+
+def problem(rows: int, vocab: int, hidden: int, *, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, hidden, generator=draw)).bfloat16()
+    w = torch.randn(vocab, hidden, generator=draw).bfloat16() / hidden**0.5 * 3
+    return x, w, torch.randint(0, vocab, (rows,), generator=draw)
+
+
+def decoded(x: Tensor, w: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    if precision == "bf16":
+        return x.double(), w.double()
+    head = fp8.Head.of(w)
+    return fp8.quantize_hidden(x, head).dequantized().double(), head.weight.dequantized().double()
+
+
+def law(x: Tensor, w: Tensor, precision: str, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax [N, V] in float64 of what the precision promises: rescored columns exact, the rest as rounded."""
+    rough, weight = decoded(x, w, precision)
+    logits = rough @ weight.T / temperature
+    if precision == "fp8_rescored":
+        exact = x.double() @ w.double().T / temperature
+        others = logits.scatter(1, targets[:, None], -torch.inf)
+        grouped = torch.nn.functional.pad(others, (0, -w.shape[0] % fp8.GROUP), value=-torch.inf)
+        best, column = grouped.view(len(x), -1, fp8.GROUP).max(dim=2)
+        column = column + fp8.GROUP * torch.arange(column.shape[1])
+        chosen = column.gather(1, best.topk(min(fp8.CANDIDATES, column.shape[1]), dim=1).indices)
+        for columns in (chosen, targets[:, None]):
+            logits = logits.scatter(1, columns, exact.gather(1, columns))
+    return logits.log_softmax(dim=1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1, 7, 32), (17, 130, 48), (33, 1300, 32), (5, 4200, 96)])
+def test_log_probs_and_entropies_equal_float64_on_rounded_operands(precision, rows, vocab, hidden):
+    x, w, targets = problem(rows, vocab, hidden)
+    targets[0], targets[-1] = 0, vocab - 1
+    logprob, entropy = linear_logprob(x, w, targets, precision=precision, with_entropy=True, temperature=0.7)
+    true = law(x, w, precision, targets, 0.7)
+    expected = true.gather(1, targets[:, None]).squeeze(1)
+    # The column that a packed logit carries moves it by 2^-15 of itself.
+    tolerance = 2e-3 if precision == "fp8_rescored" else 2e-5
+    torch.testing.assert_close(logprob.double(), expected, rtol=tolerance, atol=tolerance)
+    assert (logprob <= 0).all()
+    torch.testing.assert_close(entropy.double(), -(true.exp() * true).sum(1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_padded_rows_of_the_vocabulary_are_never_read(precision):
+    x, w, targets = problem(6, 300, 32)
+    padded = torch.cat([w, torch.full((212, 32), torch.nan, dtype=torch.bfloat16)])
+    clean = linear_logprob(x, w, targets, precision=precision)
+    assert torch.equal(linear_logprob(x, padded, targets, vocab_size=300, precision=precision), clean)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_does_not_depend_on_its_company(precision):
+    x, w, targets = problem(40, 2100, 32)
+    whole = linear_logprob(x, w, targets, precision=precision)
+    assert torch.equal(linear_logprob(x[37:38], w, targets[37:38], precision=precision), whole[37:38])
+    assert torch.equal(linear_logprob(x, w, targets, precision=precision), whole)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_extreme_logits(precision):
+    flat = linear_logprob(
+        torch.zeros(3, 32).bfloat16(), torch.ones(1100, 32).bfloat16(), torch.tensor([0, 5, 1099]), precision=precision
+    )
+    torch.testing.assert_close(flat, torch.full((3,), -7.003065), rtol=1e-6, atol=0)
+    x, w, _ = problem(20, 300, 32, scale=300.0)
+    best = (x.float() @ w.float().T).argmax(dim=1)
+    certain = linear_logprob(x, w, best, precision=precision)
+    assert (certain <= 0).all()
+    assert (certain == 0).any()
+    low = torch.full((300, 32), -40.0).bfloat16()  # all logits near -20,000
+    value = linear_logprob(torch.full((2, 32), 16.0).bfloat16(), low, torch.tensor([0, 299]), precision=precision)
+    tolerance = 20_480 * 2**-15 if precision == "fp8_rescored" else 4e-3  # what a packed column moves; fp32 spacing
+    torch.testing.assert_close(value, torch.full((2,), -5.7037825), rtol=0, atol=tolerance)
+    broken = x.clone()
+    broken[1] = torch.nan
+    assert linear_logprob(broken, w, best, precision=precision).isnan().nonzero().tolist() == [[1]]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_rescored"])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_gradients_equal_float64_within_rounding(precision, with_entropy):
+    x, w, targets = problem(21, 330, 48)
+    draw = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(21, generator=draw) for _ in range(2)]
+    upstream[0][4] = upstream[1][4] = 0.0
+    x, w = x.requires_grad_(), w.requires_grad_()
+    found = linear_logprob(x, w, targets, precision=precision, with_entropy=with_entropy, temperature=1.3)
+    pair = found if with_entropy else (found,)
+    torch.autograd.backward(pair, upstream[: len(pair)])
+    a, b = (item.detach().double().requires_grad_() for item in (x, w))
+    true = (a @ b.T / 1.3).log_softmax(dim=1)
+    value = (true.gather(1, targets[:, None]).squeeze(1) * upstream[0]).sum()
+    if with_entropy:
+        value = value - ((true.exp() * true).sum(1) * upstream[1]).sum()
+    value.backward()
+    for mine, right in ((x.grad, a.grad), (w.grad, b.grad)):
+        # Of so small a vocabulary one column is rescored; the rest leaves its rounding in the normaliser.
+        assert (mine.double() - right).norm() < (1e-2 if precision == "bf16" else 5e-2) * right.norm()
+    assert not x.grad[4].any()
+
+
+def test_ignored_rows_have_no_log_prob_and_no_gradient():
+    x, w, targets = problem(9, 90, 32)
+    targets[[2, 5]] = -100
+    x = x.requires_grad_()
+    found = linear_logprob(x, w, targets, precision="bf16", ignore_index=-100)
+    found.sum().backward()
+    assert found[[2, 5]].tolist() == [0.0, 0.0]
+    assert not x.grad[[2, 5]].any()
+    kept = [0, 1, 3, 4, 6, 7, 8]
+    assert torch.equal(found[kept], linear_logprob(x.detach()[kept], w, targets[kept], precision="bf16"))

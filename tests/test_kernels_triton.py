@@ -1,0 +1,98 @@
+"""The Triton kernels without a GPU: right in the interpreter, and compiled for Hopper without spilling a register."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from megatron_ra3.kernels import triton_backend, triton_kernels  # noqa: E402
+from megatron_ra3.kernels.triton_backend import TUNING, Tiles  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_BYTES = 227 * 1024
+
+
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "tests/interpreter"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def _compiled(kernel, tiles: Tiles, constants: dict[str, object], types: dict[str, str]):
+    constants = {**constants, **tiles.blocks(), "UPCAST": False}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=HOPPER, options=options)
+
+
+def _descriptors(element: str, tiles: Tiles) -> dict[str, str]:
+    return {
+        "x_desc": f"tensordesc<{element}[{tiles.rows},{tiles.hidden}]>",
+        "w_desc": f"tensordesc<{element}[{tiles.columns},{tiles.hidden}]>",
+    }
+
+
+def _check(compiled, tmp_path: Path, *, columns: int) -> None:
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    assert int(stack) == 0, f"{stack} bytes spilled at {registers} registers"
+    assert f"wgmma.mma_async.sync.aligned.m64n{columns}" in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8_rescored"])
+def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, precision, with_entropy):
+    quantized = precision != "bf16"
+    tiles = TUNING.fp8 if quantized else TUNING.bf16
+    types = {
+        **_descriptors("fp8e4nv" if quantized else "bf16", tiles),
+        **dict.fromkeys(("row_scale", "tile_scale"), "*fp32" if quantized else "*bf16"),
+        **dict.fromkeys(("sums", "maxima"), "*fp32"),
+        **dict.fromkeys(("rows", "vocab", "hidden", "row_programs", "segment_tiles"), "i32"),
+        "targets": "*i64",
+        "columns_of_maxima": "*i32",
+        "factor": "fp32",
+    }
+    constants = {
+        "SPLITS": 4,
+        "SEGMENTS": triton_backend.SEGMENTS,
+        "GROUP_TILES": triton_backend.GROUP_TILES,
+        "FP8": quantized,
+        "RESCORED": precision == "fp8_rescored",
+        "ENTROPY": with_entropy,
+    }
+    compiled = _compiled(triton_kernels.forward_kernel, tiles, constants, types)
+    _check(compiled, tmp_path, columns=tiles.columns)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_gradient_for_hopper_spills_nothing(tmp_path, with_entropy):
+    tiles = TUNING.gradient_with_entropy if with_entropy else TUNING.gradient
+    types = {
+        **_descriptors("bf16", tiles),
+        **dict.fromkeys(("lse", "entropy", "grad_logprob", "grad_entropy"), "*fp32"),
+        **dict.fromkeys(("factor", "inverse_temperature"), "fp32"),
+        "targets": "*i64",
+        "out": "*bf16",
+        **dict.fromkeys(("rows", "vocab", "hidden", "first_column", "out_columns"), "i32"),
+    }
+    compiled = _compiled(triton_kernels.gradient_kernel, tiles, {"ENTROPY": with_entropy}, types)
+    _check(compiled, tmp_path, columns=tiles.columns)
