@@ -2,7 +2,8 @@
 # What only a GPU can show, in one command; writes <date>-<gpu>.{json,log} into RA3_RESULTS (default:
 # benchmarks/results).
 # Needs an interpreter with a CUDA torch, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
-# So far: correctness of the likelihood kernel at full size. Nothing here has been run on a GPU yet.
+# Correctness of the likelihood kernels at full size, then their speed and memory beside their peers: those of
+# liger-kernel and cut-cross-entropy that are installed take part. Nothing here has been run on a GPU yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -15,6 +16,11 @@ results=${RA3_RESULTS:-benchmarks/results}
 mkdir -p "$results"
 status=0
 "$python" -m pytest -m gpu tests/test_kernels_gpu.py --junitxml="$results/$name.xml" 2>&1 | tee "$results/$name.log" || status=$?
+for shape in "8192 2048 151936" "8192 4096 128256" "16384 4096 151936"; do
+    read -r rows hidden vocab <<<"$shape"
+    "$python" -m megatron_ra3 bench logprob --rows "$rows" --hidden "$hidden" --vocab "$vocab" --repeats 20 \
+        --out "$results/$name-$rows-$hidden-$vocab.json" 2>&1 | tee -a "$results/$name.log" | sed '$d' || status=1
+done
 "$python" - "$results/$name" <<'PY'
 import json
 import sys
@@ -24,13 +30,19 @@ from pathlib import Path
 import torch
 
 stem = Path(sys.argv[1])
+shapes = sorted(stem.parent.glob(f"{stem.name}-*.json"))
+benches = {path.stem.removeprefix(f"{stem.name}-"): json.loads(path.read_text()) for path in shapes}
 suite = ElementTree.parse(stem.with_suffix(".xml")).getroot().find("testsuite")
 record = {
     "gpu": torch.cuda.get_device_name(),
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
     "tests": {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")},
+    "fp8_rescored_vs_best_bf16_peer": {shape: bench["fp8_rescored_vs_best_bf16_peer"] for shape, bench in benches.items()},
+    "logprob": benches,
 }
+for path in shapes:
+    path.unlink()
 stem.with_suffix(".xml").unlink()
 stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 print(json.dumps(record))

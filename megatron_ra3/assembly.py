@@ -7,12 +7,13 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_ra3.config import RunConfig
 from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_ra3.kernels import Precision
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import RA3Model, build_model, check_config
@@ -70,9 +71,19 @@ def assemble(config: RunConfig) -> Assembly:
         tokenizer=tokenizer,
         format=LatentFormat.build(config.latents.surface, tokenizer),
         model=model,
-        trainer=Trainer(model, _optimizer(config, model), layout),
+        trainer=Trainer(
+            model,
+            _optimizer(config, model),
+            layout,
+            score_precision=_precision(config, config.model.score_precision),
+            loss_precision=_precision(config, config.model.loss_precision),
+        ),
         initial_folder=initial_folder,
     )
+
+
+def _precision(config: RunConfig, given: Precision | Literal["auto"]) -> Precision:
+    return config.model.dtype if given == "auto" else given
 
 
 def _optimizer(config: RunConfig, model: RA3Model) -> Any:

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
 
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     rollout = benches.add_parser("rollout", help="sampling latents: jump-ahead against line by line")
     add_rollout_arguments(rollout)
     rollout.set_defaults(run=run_rollout)
+    logprob = benches.add_parser("logprob", help="log-likelihoods from hidden states: our kernels beside their peers")
+    add_logprob_arguments(logprob)
+    logprob.set_defaults(run=run_logprob)
     return parser
 
 

@@ -23,6 +23,7 @@ from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
 from megatron_ra3.estep import EStep
+from megatron_ra3.kernels.backends import FALLBACKS
 from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.reference import Reference
@@ -169,6 +170,8 @@ class Run:
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "seconds": time.monotonic() - self._step_started,
         }
+        if FALLBACKS:
+            record["kernel_fallbacks"] = dict(FALLBACKS)
         self.metrics.write(self._step_label, record)
         self._last[phase.name] = metrics
         if self._steps_here == self.config.checkpoint.stop_after_steps:

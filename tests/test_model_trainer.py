@@ -186,3 +186,20 @@ def test_bf16_trains_with_fp32_state(tmp_path, distributed):
     losses = [half.step([batch], lambda _, logprobs: -logprobs.mean(), lr=1e-4)["loss"] for _ in range(10)]
     assert losses[-1] < losses[0] - 0.1
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights(half).values())
+
+
+def test_scores_in_fp8_are_those_of_the_current_weights_and_losses_follow_their_own_precision(folder):
+    """The quantised head lives for one pass: after a step the next score sees the new weights."""
+    layout = initialize(1, 1)
+    exact = open_trainer(folder, qwen2(), layout)
+    rough = Trainer(exact.model, exact.optimizer, layout, score_precision="fp8_rescored", loss_precision="bf16")
+    batch = next_token_batch(sequences(4))
+    gaps, moved = [], []
+    for step in range(3):
+        true, found = exact.score([batch])[0], rough.score([batch])[0]
+        gaps.append(float((true - found).abs().mean()))
+        before = true
+        train(rough, 2, range(step, step + 1))
+        moved.append(float((exact.score([batch])[0] - before).abs().mean()))
+    parallel.destroy()
+    assert 0.0 < 5 * max(gaps) < min(moved)

@@ -15,7 +15,8 @@ from megatron_ra3.kernels.partials import Normaliser
 from megatron_ra3.kernels.problem import Gradients, Problem
 
 if TYPE_CHECKING:
-    from megatron_ra3.kernels.linear_logprob import HeadCache, Precision
+    from megatron_ra3.kernels.fp8 import HeadCache
+    from megatron_ra3.kernels.linear_logprob import Precision
 
 FALLBACKS: Counter[str] = Counter()
 """How often the torch backend took a call meant for the kernels, by reason."""
@@ -51,7 +52,7 @@ def quantized_head(problem: Problem, cache: HeadCache | None) -> fp8.Head:
     """The problem's weight in e4m3, from the cache where there is one."""
     if cache is None:
         return fp8.Head.of(problem.weight)
-    return cache.head.get(problem.weight, cache.version)
+    return cache.get(problem.weight)
 
 
 def choose(problem: Problem, precision: Precision) -> Backend:

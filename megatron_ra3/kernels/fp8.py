@@ -88,23 +88,20 @@ def quantize_hidden(hidden: Tensor, head: Head) -> Quantized:
     return Quantized(rounded.values, torch.where(square == 0.0, rounded.scales, own / square), 1)
 
 
-class QuantizedHead:
-    """The output layer's weight in e4m3, quantised once per version of the weights.
+class HeadCache:
+    """Quantises the output layer once for a pass over many micro-batches; a pass over other weights needs a new one.
 
-    Versions are the caller's: an optimizer that writes through `.data` does not move torch's own version counter.
+    Nothing shorter-lived would do: an optimizer that writes through `.data` does not move torch's own version counter,
+    so a cache cannot see by itself that it is stale.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[int, int, torch.Size] | None = None
         self._head: Head | None = None
-        self.quantizations = 0
 
-    def get(self, weight: Tensor, version: int) -> Head:
-        """`weight` [V, H] in e4m3, as it was when first asked for at this `version`."""
-        key = (version, weight.data_ptr(), weight.shape)
-        if self._head is None or key != self._key:
-            self._key, self._head = key, Head.of(weight)
-            self.quantizations += 1
+    def get(self, weight: Tensor) -> Head:
+        """`weight` [V, H] in e4m3, as it was when first asked for."""
+        if self._head is None:
+            self._head = Head.of(weight)
         return self._head
 
 

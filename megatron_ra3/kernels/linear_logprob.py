@@ -13,17 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ra3.kernels import backends, partials
-from megatron_ra3.kernels.fp8 import QuantizedHead
+from megatron_ra3.kernels.fp8 import HeadCache
 from megatron_ra3.kernels.problem import Gradients, Problem
 
 Precision = Literal["fp32", "bf16", "fp8", "fp8_rescored"]
-
-
-class HeadCache(NamedTuple):
-    """A quantised output layer and the version of the weights that are to be scored now."""
-
-    head: QuantizedHead
-    version: int
 
 
 def linear_logprob(
@@ -53,7 +46,7 @@ def linear_logprob(
             `fp8_rescored` computes the target's and the largest logits again in bf16 (see `fp8`). `fp32` takes them as
             they are; fp64 inputs stay fp64.
         with_entropy: return the entropy of the law too.
-        cache: where an FP8 head is kept between calls; quantised anew each time if None.
+        cache: keeps an FP8 head between the calls of one pass; quantised anew each time if None.
 
     Returns:
         [N] in fp32 (fp64 for fp64 inputs), never above 0 and bitwise the same on all ranks of `tp_group`; with

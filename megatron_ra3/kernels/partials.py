@@ -1,4 +1,4 @@
-"""What one shard of the vocabulary knows of a row, and how shards become log-probs (algorithm.md 8).
+"""What one shard of the vocabulary knows of a row, and how shards become log-probs (docs/kernels.md).
 
 Every backend hands over four numbers per row; everything after them is shared, so that a kernel can only be wrong in
 its sums. One all-gather of 16 bytes a row and rank takes the place of the all-reduces other heads need, and merging in

@@ -21,7 +21,8 @@ from megatron_ra3.kernels.problem import Gradients, Problem
 from megatron_ra3.kernels.triton_kernels import forward_kernel, gather_dot_kernel, gradient_kernel
 
 if TYPE_CHECKING:
-    from megatron_ra3.kernels.linear_logprob import HeadCache, Precision
+    from megatron_ra3.kernels.fp8 import HeadCache
+    from megatron_ra3.kernels.linear_logprob import Precision
 
 LOG2_E = 1.4426950408889634
 SEGMENTS = 12

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ra3.kernels import linear_logprob
+from megatron_ra3.kernels import HeadCache, Precision, linear_logprob
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
 
@@ -87,18 +87,29 @@ def build_optimizer(
 class Trainer:
     """Scores and trains one model. All methods are collective over the replica, `step` over all ranks.
 
-    Every rank of a replica must pass the same micro-batches.
+    Every rank of a replica must pass the same micro-batches. `score_precision` and `loss_precision` are those of the
+    output layer's operands in `score` and `step` (see `kernels.linear_logprob`).
     """
 
-    def __init__(self, model: RA3Model, optimizer: Any, layout: ParallelLayout) -> None:
+    def __init__(
+        self,
+        model: RA3Model,
+        optimizer: Any,
+        layout: ParallelLayout,
+        *,
+        score_precision: Precision = "fp32",
+        loss_precision: Precision = "fp32",
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.layout = layout
+        self.score_precision = score_precision
+        self.loss_precision = loss_precision
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Return log p(target) per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
-        outputs = self._forward(micro_batches, self._logprob)
+        outputs = self._forward(micro_batches, self._logprob(self.score_precision))
         return self._from_last_stage(outputs, [tuple(batch.rows.shape) for batch in micro_batches])
 
     @torch.no_grad()
@@ -152,8 +163,10 @@ class Trainer:
         return grad_norm
 
     def _loss_closures(self, loss_fn: LossFn) -> Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        logprob = self._logprob(self.loss_precision)
+
         def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs = self._logprob(batch, hidden)
+            logprobs = logprob(batch, hidden)
             value = loss_fn(index, logprobs) if logprobs.numel() else logprobs.sum()
             no_count = torch.zeros((), dtype=torch.int, device=value.device)
             return value, no_count, value.detach().clone()
@@ -203,14 +216,24 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _logprob(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        return linear_logprob(
-            _select(hidden, batch.rows),
-            self.model.module.head_weight(),
-            batch.targets,
-            tp_group=self.layout.tp_group,
-            vocab_size=self.model.vocab_size,
-        )
+    def _logprob(self, precision: Precision) -> Callable[[MicroBatch, Tensor], Tensor]:
+        """The output layer for one pass over the weights as they are now."""
+        cache = HeadCache()
+
+        def logprob(batch: MicroBatch, hidden: Tensor) -> Tensor:
+            found = linear_logprob(
+                _select(hidden, batch.rows),
+                self.model.module.head_weight(),
+                batch.targets,
+                tp_group=self.layout.tp_group,
+                vocab_size=self.model.vocab_size,
+                precision=precision,
+                cache=cache,
+            )
+            assert isinstance(found, Tensor)
+            return found
+
+        return logprob
 
     def _full_logits(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
         local = _select(hidden, batch.rows).float() @ self.model.module.head_weight().float().T
