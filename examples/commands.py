@@ -25,12 +25,12 @@ _CONTENT = ("*.json", "*.safetensors")
 
 
 def call(command: Sequence[object], log: Path, label: str) -> None:
-    """Run a command into its log with one line on the screen; SystemExit with the log's end when it fails.
+    """Run a command into its log, saying when it starts and ends; SystemExit with the log's end when it fails.
 
     Ctrl-C reaches the command too, which is given time to save.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{time.strftime('%H:%M:%S')} {label:<44} ", end="", flush=True)
+    _say(f"{label:<44} started")
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -41,7 +41,7 @@ def call(command: Sequence[object], log: Path, label: str) -> None:
         except KeyboardInterrupt:
             process.wait()
             raise
-    print(f"{'done' if status == 0 else f'status {status}'} in {time.monotonic() - started:.0f} s", flush=True)
+    _say(f"{label:<44} {'done' if status == 0 else f'status {status}'} in {time.monotonic() - started:.0f} s")
     if status:
         tail = log.read_text(encoding="utf-8").splitlines()[-15:]
         raise SystemExit("\n".join([*tail, f"{label} ended with status {status}; all of it is in {log}"]))
@@ -82,6 +82,10 @@ def commit_of(log: Path) -> str:
     """At which commit `call_once` made what this log is about."""
     made: str = json.loads(log.with_suffix(".command.json").read_text(encoding="utf-8"))["commit"]
     return made
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def _commit() -> str:

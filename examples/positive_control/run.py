@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -73,19 +76,23 @@ def evaluate(given: argparse.Namespace) -> None:
 
 
 def make_all(given: argparse.Namespace) -> None:
-    """Everything, seed by seed, then the figures over seeds."""
-    for seed in given.seeds:
-        given.seed, given.out = seed, given.folder / f"seed{seed}"
-        make_base(given)
-        make_ra3(given)
-        make_ntp(given)
-        for name in ("base", "ra3", *given.only):
-            evaluate_once(given.out, name)
-        (given.out / "result.json").write_text(json.dumps(seed_result(given.out, seed), indent=1) + "\n")
+    """Everything, `--jobs` seeds at a time, then the figures over seeds."""
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(functools.partial(_one_seed, given), given.seeds))
     done = aggregate([given.folder / f"seed{seed}" / "result.json" for seed in given.seeds])
     path = given.folder / "results.json"
     path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     print("", table(done), path, sep="\n\n")
+
+
+def _one_seed(given: argparse.Namespace, seed: int) -> None:
+    own = argparse.Namespace(**{**vars(given), "seed": seed, "out": given.folder / f"seed{seed}"})
+    make_base(own)
+    make_ra3(own)
+    make_ntp(own)
+    for name in ("base", "ra3", *own.only):
+        evaluate_once(own.out, name)
+    (own.out / "result.json").write_text(json.dumps(seed_result(own.out, seed), indent=1) + "\n", encoding="utf-8")
 
 
 def make_corpus(out: Path, program: ProgramConfig, *, programs: int, seed: int) -> None:
@@ -159,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "all":
             command.add_argument("--out", dest="folder", type=Path, required=True)
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+            jobs = os.cpu_count() or 1
+            command.add_argument(
+                "--jobs", type=int, default=jobs, help="seeds at a time, a core each; default: %(default)s"
+            )
         else:
             command.add_argument("--out", type=Path, required=True, metavar="DIR")
             command.add_argument("--seed", type=int, default=0)
