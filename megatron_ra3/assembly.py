@@ -75,7 +75,7 @@ def assemble(config: RunConfig) -> Assembly:
             model,
             _optimizer(config, model),
             layout,
-            score_precision=_precision(config, config.model.score_precision),
+            reward_precision=_precision(config, config.model.reward_precision),
             loss_precision=_precision(config, config.model.loss_precision),
         ),
         initial_folder=initial_folder,

@@ -115,7 +115,8 @@ class LatentBatch:
         if with_lines:
             groups += [pairs.lines, pairs.openings]
         self.format = latent_format
-        self.micro_batch = _micro_batch(tokens, [pair for group in groups for pair in group])
+        rewarded = sum(map(len, groups[2:]))
+        self.micro_batch = _micro_batch(tokens, [pair for group in groups for pair in group], rewarded)
         self.num_lines = line_base
         self.thought = torch.tensor([flag for item in trajectories for flag in item.thought])
         self.well_formed = torch.tensor([flag for item in trajectories for flag in item.well_formed])
@@ -162,7 +163,7 @@ class FinalLineBatch:
             owner.extend([row] * len(final))
             if latent_format.conditions_line:
                 openings.append((first, latent_format.gate_ids[0]))
-        self.micro_batch = _micro_batch(tokens, lines + openings)
+        self.micro_batch = _micro_batch(tokens, lines + openings, len(lines) + len(openings))
         self._owner = torch.tensor(owner)
         self._count = len(trajectories)
 
@@ -202,6 +203,6 @@ class TokenBatch:
         self.weights = torch.where(self.is_code, 1.0, latent_weight)
 
 
-def _micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]]) -> MicroBatch:
+def _micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]], rewarded: int = 0) -> MicroBatch:
     flat = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    return MicroBatch(token_ids=tokens, rows=flat[:, 0].contiguous(), targets=flat[:, 1].contiguous())
+    return MicroBatch(tokens, flat[:, 0].contiguous(), flat[:, 1].contiguous(), rewarded)

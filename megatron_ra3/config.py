@@ -58,10 +58,11 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: read only config.json; vocab_size follows the tokenizer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    score_precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_rescored"] = "auto"
-    """Operands of the output layer where nothing learns, as in rewards; `auto` is `model.dtype` (docs/kernels.md)."""
+    reward_precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_rescored"] = "auto"
+    """Operands of the output layer for the likelihood of lines in the E-step's rewards; `auto` is `dtype`
+    (docs/kernels.md)."""
     loss_precision: Literal["auto", "fp32", "bf16", "fp8_rescored"] = "auto"
-    """The same for losses."""
+    """The same for all else: losses, latents, evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)

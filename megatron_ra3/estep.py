@@ -55,7 +55,7 @@ class EStep:
         """Score the rollouts, form advantages and take one optimizer step.
 
         Where every advantage is 0, as between equal rollouts, there is nothing to learn and no step is taken: Adam
-        would blow rounding noise up to a full-sized update. A term on the gate's own law always has something to learn.
+        would blow rounding noise up to a full-sized update. A term on the gate's own law, or on the lines, always has.
 
         Args:
             groups: this replica's snippets, each with its G rollouts.

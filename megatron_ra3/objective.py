@@ -45,8 +45,8 @@ class Lines:
 
 
 def line_values(logprob: Tensor, tokens: Tensor, settings: ObjectiveConfig) -> Tensor:
-    """Return a line's log-prob [..., T] as `line_reward` wants it, per token or summed, in nats; no gradient."""
-    return logprob.detach() / tokens if settings.line_reward == "mean" else logprob.detach()
+    """Return a line's log-prob [..., T] as `line_reward` wants it, per token or summed, in nats."""
+    return logprob / tokens if settings.line_reward == "mean" else logprob
 
 
 def line_rewards(lines: Lines, settings: ObjectiveConfig) -> Tensor:
@@ -59,7 +59,7 @@ def line_rewards(lines: Lines, settings: ObjectiveConfig) -> Tensor:
     `sticky_kl`: cost_t = KL_Bern(rho_t || 1 - alpha'); w = 1 + beta. With the new latent's prior q_ref, the two sampled
     or summed terms have the mean of the sequential bound's KL, KL_Bern(rho || 1 - alpha') + rho KL(q~ || q_ref).
     """
-    value = line_values(lines.logprob, lines.tokens, settings)
+    value = line_values(lines.logprob.detach(), lines.tokens, settings)
     value = value - settings.format_penalty * (~lines.well_formed).to(value)
     if settings.latent_cost == "penalty":
         value = value - settings.penalty * lines.thought.to(value)
@@ -217,8 +217,7 @@ def line_loss(
         settings: mu (`line_gradient`), and whether l_t is a token mean or a sum.
         global_count: N of `policy_gradient_loss`.
     """
-    value = logprob / tokens if settings.line_reward == "mean" else logprob
-    return -settings.line_gradient * (counts * value).sum() / max(global_count, 1)
+    return -settings.line_gradient * (counts * line_values(logprob, tokens, settings)).sum() / max(global_count, 1)
 
 
 def next_token_loss(logprobs: Tensor, weights: Tensor, *, global_weight: float) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -170,8 +171,9 @@ class Run:
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "seconds": time.monotonic() - self._step_started,
         }
-        if FALLBACKS:
-            record["kernel_fallbacks"] = dict(FALLBACKS)
+        fallbacks = sum((Counter(found) for found in self.layout.gather_from_ranks(dict(FALLBACKS))), Counter())
+        if fallbacks:
+            record["kernel_fallbacks"] = dict(fallbacks)
         self.metrics.write(self._step_label, record)
         self._last[phase.name] = metrics
         if self._steps_here == self.config.checkpoint.stop_after_steps:

@@ -1,8 +1,9 @@
 """`ra3 bench logprob`: the likelihood kernels beside every other way to compute the same, in time, memory and error.
 
-All providers get the same rotating inputs within one run, one after the other in every repeat, so that a machine that
-slows down slows all of them. Errors are against float64 on a sample of rows. Operands are random, with outlier channels
-as real hidden states have, or those of a model (`--model`), scored on text (`--text`).
+All providers get the same inputs within one run, three random sets in turn, one provider after the other in every
+repeat, so that a machine that slows down slows all of them. What is made once per update of the weights, a quantised
+head, is made before. Errors are against float64 on a sample of rows. Operands are random, with outlier channels as real
+hidden states have, or those of a model (`--model`), scored on text (`--text`).
 """
 
 from __future__ import annotations
@@ -90,23 +91,19 @@ def measure(bench: LogprobBench) -> dict[str, Any]:
     """
     import torch
 
-    inputs = [_inputs(bench, seed) for seed in range(INPUTS)]
+    inputs = [_of_model(bench)] if bench.model else [random_inputs(bench, seed) for seed in range(INPUTS)]
     rows, width = inputs[0].hidden.shape
     flops = 2.0 * rows * width * len(inputs[0].weight)
     names = bench.providers or tuple(PROVIDERS)
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    runners: dict[str, Callable[[Inputs], Any]] = {}
-    for name in names:
-        try:
-            PROVIDERS[name](inputs[0])
-            runners[name] = PROVIDERS[name]
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-            skipped[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    runners = _runnable({name: PROVIDERS[name] for name in names}, inputs[0], skipped)
     gemms = {"gemm bf16": _gemm} | ({"gemm fp8": _gemm_fp8} if inputs[0].hidden.is_cuda else {})
     walls = _interleaved(bench, inputs, gemms | runners)
-    trained = {name: functools.partial(_with_gradient, run) for name, run in runners.items() if name not in NO_GRADIENT}
-    walls_backward = _interleaved(bench, inputs, trained) if bench.backward else {}
+    learning = [name for name in runners if bench.backward and name not in NO_GRADIENT]
+    trained = {name: functools.partial(_with_gradient, runners[name]) for name in learning}
+    trained_too = _runnable(trained, inputs[0], skipped, " with gradients")
+    walls_backward = _interleaved(bench, inputs, trained_too)
     gemm_ms = {name: 1e3 * statistics.median(walls[name]) for name in gemms}
     for name, run in runners.items():
         forward = 1e3 * statistics.median(walls[name])
@@ -164,18 +161,20 @@ class Inputs:
     hidden: Any
     weight: Any
     targets: Any
+    cache: dict[str, Any] = field(default_factory=dict)
+    """What a provider makes once per update of the weights, such as a quantised head."""
 
     def leaves(self) -> Inputs:
         """The same, to take gradients."""
-        return Inputs(self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(), self.targets)
+        hidden, weight = (item.detach().requires_grad_() for item in (self.hidden, self.weight))
+        return Inputs(hidden, weight, self.targets, self.cache)
 
 
-def _inputs(bench: LogprobBench, seed: int) -> Inputs:
+def random_inputs(bench: LogprobBench, seed: int) -> Inputs:
+    """Random operands with outlier channels, and targets drawn from their law."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if bench.model:
-        return _of_model(bench, device)
+    device = _device()
     draw = torch.Generator().manual_seed(bench.seed * INPUTS + seed)
     hidden = torch.randn(bench.rows, bench.hidden, generator=draw)
     hidden[:, : bench.outlier_channels] *= 10.0
@@ -187,7 +186,13 @@ def _inputs(bench: LogprobBench, seed: int) -> Inputs:
     return Inputs(hidden, weight, _on_policy(hidden, weight, seed))
 
 
-def _of_model(bench: LogprobBench, device: str) -> Inputs:
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _of_model(bench: LogprobBench) -> Inputs:
     """Final hidden states of a Hugging Face model at every token of a text, and the tokens that follow."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -203,7 +208,7 @@ def _of_model(bench: LogprobBench, device: str) -> Inputs:
         for piece in pieces.split(length):
             hidden.append(model.model(piece[None])[0][0, :-1])
             targets.append(piece[1:])
-    rows = slice(0, bench.rows)
+    rows, device = slice(0, bench.rows), _device()
     weight = model.get_output_embeddings().weight.detach()
     return Inputs(
         torch.cat(hidden)[rows].bfloat16().to(device), weight.bfloat16().to(device), torch.cat(targets)[rows].to(device)
@@ -226,14 +231,10 @@ def _ours(precision: str) -> Callable[[Inputs], Any]:
     def run(given: Inputs) -> Any:
         from megatron_ra3.kernels import HeadCache, linear_logprob
 
-        cache = _CACHES.setdefault(id(given.weight), HeadCache()) if precision.startswith("fp8") else None
+        cache = given.cache.setdefault("head", HeadCache()) if precision.startswith("fp8") else None
         return linear_logprob(given.hidden, given.weight, given.targets, precision=precision, cache=cache)  # type: ignore[arg-type]
 
     return run
-
-
-_CACHES: dict[Any, Any] = {}
-"""Quantised heads by weight: the head is quantised once per weight update, not once per call."""
 
 
 def _eager(given: Inputs) -> Any:
@@ -280,7 +281,7 @@ def _scaled_mm(given: Inputs) -> Any:
 
     if not given.hidden.is_cuda:
         raise NotImplementedError("torch._scaled_mm with row-wise scales needs a GPU")
-    head = _by_rows(given.weight)
+    head = _by_rows(given, "weight")
     parts = []
     for hidden, targets in zip(given.hidden.split(CHUNK), given.targets.split(CHUNK), strict=True):
         logits = _product(fp8.quantize(hidden, 1), head)
@@ -288,11 +289,14 @@ def _scaled_mm(given: Inputs) -> Any:
     return torch.cat(parts)
 
 
-def _by_rows(tensor: Any) -> Any:
-    """In e4m3 with a scale per row, quantised once."""
+def _by_rows(given: Inputs, name: str) -> Any:
+    """One of the operands in e4m3 with a scale per row, quantised once."""
     from megatron_ra3.kernels import fp8
 
-    return _CACHES.get((id(tensor), "rows")) or _CACHES.setdefault((id(tensor), "rows"), fp8.quantize(tensor, 1))
+    key = f"{name} by rows"
+    if key not in given.cache:
+        given.cache[key] = fp8.quantize(getattr(given, name), 1)
+    return given.cache[key]
 
 
 def _product(left: Any, right: Any) -> Any:
@@ -305,12 +309,14 @@ def _product(left: Any, right: Any) -> Any:
 
 
 def _liger(given: Inputs) -> Any:
-    """Liger-Kernel's fused linear cross-entropy, fp32 accumulation, in chunks as large as the others'."""
+    """Liger-Kernel's fused linear cross-entropy, gradients added up in fp32, about `CHUNK` rows at a time."""
+    import torch
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
-    loss = LigerFusedLinearCrossEntropyFunction.apply(
-        given.hidden, given.weight, given.targets, None, None, -100, 0.0, 0.0, "none"
-    )
+    vocab, hidden = given.weight.shape
+    chunks_of = max(1, CHUNK * vocab // (hidden * len(given.hidden)))
+    options = (None, None, -100, 0.0, 0.0, "none", None, False, torch.float32, False, False, False, None, None)
+    loss = LigerFusedLinearCrossEntropyFunction.apply(given.hidden, given.weight, given.targets, *options, chunks_of)
     return -(loss[0] if isinstance(loss, tuple) else loss)
 
 
@@ -346,12 +352,29 @@ def _gemm(given: Inputs) -> Any:
 
 
 def _gemm_fp8(given: Inputs) -> Any:
-    return _product(_by_rows(given.hidden), _by_rows(given.weight))
+    return _product(_by_rows(given, "hidden"), _by_rows(given, "weight"))
 
 
 def _with_gradient(run: Callable[[Inputs], Any], given: Inputs) -> None:
     leaves = given.leaves()
     run(leaves).sum().backward()
+
+
+def _runnable(
+    runs: Mapping[str, Callable[[Inputs], Any]], given: Inputs, skipped: dict[str, str], what: str = ""
+) -> dict[str, Callable[[Inputs], Any]]:
+    """Those that run once; `skipped` gets the others' reasons."""
+    import torch
+
+    found = {}
+    for name, run in runs.items():
+        try:
+            with torch.set_grad_enabled(isinstance(run, functools.partial)):
+                run(given)
+            found[name] = run
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: also out of memory
+            skipped[name + what] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return found
 
 
 def _interleaved(
@@ -366,7 +389,7 @@ def _interleaved(
             with torch.set_grad_enabled(isinstance(run, functools.partial)):
                 _wait()
                 started = time.perf_counter()
-                run(inputs[repeat % INPUTS])
+                run(inputs[repeat % len(inputs)])
                 _wait()
             if repeat >= 0:
                 walls[name].append(time.perf_counter() - started)
@@ -422,7 +445,7 @@ def _memory(run: Callable[[Inputs], Any], given: Inputs) -> dict[str, float]:
 
 
 def _against_peers(found: dict[str, Any]) -> float | None:
-    """How many times faster fp8_rescored is than the fastest bf16 peer, forward."""
+    """How many times faster fp8_rescored is than the fastest bf16 peer that ran, forward."""
     peers = [found[name]["forward_ms"] for name in BF16_PEERS if name in found]
     own = found.get("ours fp8_rescored", {}).get("forward_ms", math.nan)
     return min(peers) / own if peers and own == own else None

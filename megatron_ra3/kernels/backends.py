@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 FALLBACKS: Counter[str] = Counter()
 """How often the torch backend took a call meant for the kernels, by reason."""
 ALIGNMENT_BYTES = 16
-"""What the tensor memory accelerator asks of a row's length."""
+"""What the tensor memory accelerator asks of a tensor's first byte and of a row's length."""
+TRITON = (3, 6)
+"""The oldest version that the kernels are written for."""
 
 
 class Backend(Protocol):
@@ -72,16 +74,28 @@ def refusal(problem: Problem, precision: Precision) -> str | None:
     bytes_per_row = width * (1 if precision.startswith("fp8") else problem.hidden.element_size())
     if (width * problem.hidden.element_size()) % ALIGNMENT_BYTES or bytes_per_row % ALIGNMENT_BYTES:
         return f"hidden size {width} at {precision}: a row must be a multiple of {ALIGNMENT_BYTES} bytes"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if any(item.data_ptr() % ALIGNMENT_BYTES for item in (problem.hidden, problem.weight)):
+        return f"a tensor does not begin at a multiple of {ALIGNMENT_BYTES} bytes"
+    found = _triton_version()
+    if found < TRITON:
+        return f"triton {'.'.join(map(str, found))} is older than 3.6" if found else "triton is not installed"
     if _interpreted():
         return None
     if not problem.hidden.is_cuda:
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(problem.hidden.device)
-    if capability < (9, 0):
-        return f"compute capability {capability[0]}.{capability[1]} is below 9.0"
+    if capability != (9, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is not 9.0"
     return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor; empty where Triton is missing."""
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except PackageNotFoundError:
+        return ()
 
 
 def _interpreted() -> bool:

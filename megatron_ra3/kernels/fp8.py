@@ -51,13 +51,18 @@ def quantize(tensor: Tensor, rows_per_scale: int) -> Quantized:
 
     A NaN or an infinity spoils the rows that share its scale, and no others.
     """
-    rows = len(tensor)
-    amax = tensor.abs().amax(dim=1).float()
-    padded = torch.nn.functional.pad(amax, (0, -rows % rows_per_scale))
-    block = padded.view(-1, rows_per_scale).amax(dim=1)
-    scales = torch.where(block == 0.0, 1.0, block / E4M3_MAX)
-    by_row = scales.repeat_interleave(rows_per_scale)[:rows, None]
-    values = (tensor.float() / by_row).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    values = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=tensor.device)
+    scales = torch.ones(-(-len(tensor) // rows_per_scale), device=tensor.device)
+    blocks = max(1, reference.MAX_CHUNK_ELEMENTS // (tensor.shape[1] * rows_per_scale))
+    for first in range(0, len(scales), blocks):
+        rows = slice(first * rows_per_scale, (first + blocks) * rows_per_scale)
+        exact = tensor[rows].float()
+        amax = torch.nn.functional.pad(exact.abs().amax(dim=1), (0, -len(exact) % rows_per_scale))
+        amax = amax.view(-1, rows_per_scale).amax(dim=1)
+        scale = torch.where(amax == 0.0, 1.0, amax / E4M3_MAX)
+        by_row = scale.repeat_interleave(rows_per_scale)[: len(exact), None]
+        values[rows] = (exact / by_row).clamp_(-E4M3_MAX, E4M3_MAX).to(values.dtype)
+        scales[first : first + blocks] = scale
     return Quantized(values, scales, rows_per_scale)
 
 
@@ -79,12 +84,25 @@ class Head:
         return cls(quantize(weight, TILE), squares / len(weight))
 
 
-def quantize_hidden(hidden: Tensor, head: Head) -> Quantized:
-    """Hidden states [N, H] in e4m3, every row scaled to keep sum_h m_h x_h x^_h = sum_h m_h x^_h^2 for moments m."""
+Projections = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of x [N, H] and x^ [N, H] in the metric m [H]: sum_h m_h x_h x^_h and sum_h m_h x^_h^2, [N] each."""
+
+
+def projections(hidden: Tensor, rounded: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """`Projections` in torch."""
+    own, square = hidden.new_empty(len(hidden), dtype=torch.float32), moments.new_empty(len(hidden))
+    for rows in reference.row_chunks(len(hidden), hidden.shape[1]):
+        values = rounded[rows].float()
+        weighted = values * moments
+        own[rows] = (hidden[rows].float() * weighted).sum(dim=1)
+        square[rows] = (values * weighted).sum(dim=1)
+    return own, square
+
+
+def quantize_hidden(hidden: Tensor, head: Head, project: Projections = projections) -> Quantized:
+    """Hidden states [N, H] in e4m3, every row scaled to keep its projection on the original (see the module)."""
     rounded = quantize(hidden, 1)
-    values = rounded.values.float()
-    weighted = values * head.moments
-    own, square = (hidden.float() * weighted).sum(dim=1), (values * weighted).sum(dim=1)
+    own, square = project(hidden, rounded.values, head.moments)
     return Quantized(rounded.values, torch.where(square == 0.0, rounded.scales, own / square), 1)
 
 
@@ -150,26 +168,29 @@ def rescore(
 ) -> Tensor:
     """Partials [4, N] from sums over all but the target, [3 or 4, N]: its exact logit and the best candidates' enter.
 
-    A candidate's FP8 logit leaves the sums and its exact one enters, so no column counts twice.
+    A candidate's FP8 logit leaves the sums and its exact one enters, so no column counts twice. In fp64, where numbers
+    that far apart do not cancel: a rough logit may exceed all exact ones by hundreds of nats.
     """
     count = min(CANDIDATES, len(maxima.logits))
     rough, group = maxima.logits.topk(count, dim=0)
-    columns = maxima.columns.gather(0, group)
-    all_columns = torch.cat([problem.local_targets[None], columns])
+    columns = torch.cat([problem.local_targets[None], maxima.columns.gather(0, group)])
+    exact = rough.new_zeros(columns.shape)
     if len(problem.weight):
-        exact = gather_dot(problem.hidden, problem.weight, all_columns.T).T * problem.inverse_temperature
-    else:
-        exact = torch.zeros_like(all_columns, dtype=found.dtype)
-    counts = torch.cat([problem.owned[None], rough > partials.NOTHING])
-    exact = torch.where(counts, exact, partials.NOTHING)
-    row_max = torch.maximum(found[partials.MAX], exact.amax(dim=0))
-    shift = found[partials.MAX] - row_max
-    total = found[partials.SUM] * shift.exp()
-    weighted = (found[partials.WEIGHTED] + shift * found[partials.SUM]) * shift.exp()
-    for out in rough - row_max:
-        total, weighted = total - out.exp(), weighted - out.exp() * out
-    total = total.clamp(min=0.0)
-    for entering in exact - row_max:
-        total, weighted = total + entering.exp(), weighted + entering.exp() * entering
+        exact = gather_dot(problem.hidden, problem.weight, columns.T).T * problem.inverse_temperature
+    counts = torch.cat([problem.owned[None], rough > 0.5 * partials.NOTHING])
     target = torch.where(problem.owned, exact[0], 0.0)
-    return torch.stack([row_max, total, weighted if problem.with_entropy else torch.zeros_like(total), target])
+    exact = torch.where(counts, exact, partials.NOTHING).double()
+    top = exact.amax(dim=0)
+    shift = found[partials.MAX].double() - top
+    leaving, entering = rough.double() - top, exact - top
+    total, weighted = shift.exp() * torch.stack(
+        [found[partials.SUM].double(), found[partials.WEIGHTED] + shift * found[partials.SUM]]
+    )
+    for term, weighted_term in zip(leaving.exp(), leaving.exp() * leaving, strict=True):
+        total, weighted = total - term, weighted - weighted_term
+    total = total.clamp(min=0.0)
+    for term, weighted_term in zip(entering.exp(), entering.exp() * entering, strict=True):
+        total, weighted = total + term, weighted + weighted_term
+    log_total = total.log()
+    mean_shift = weighted / total - log_total if problem.with_entropy else torch.zeros_like(total)
+    return torch.stack([(top + log_total).float(), torch.ones_like(target), mean_shift.float(), target])

@@ -42,16 +42,17 @@ def linear_logprob(
         vocab_size: number of real tokens; weight rows beyond it are padding and never read.
         temperature: divides the logits.
         ignore_index: rows with this target are left out: log-prob, entropy and gradient 0.
-        precision: of the operands; products are added up in fp32. `bf16` rounds them to bf16, `fp8` to e4m3, and
-            `fp8_rescored` computes the target's and the largest logits again in bf16 (see `fp8`). `fp32` takes them as
-            they are; fp64 inputs stay fp64.
+        precision: of the operands. `bf16` rounds them to bf16, `fp8` to e4m3, and `fp8_rescored` computes the target's
+            and the largest logits again in bf16 (see `fp8`). `fp32` takes them as they are; fp64 inputs stay fp64.
+            Products are added up in fp32, except that Hopper's tensor cores keep about 22 bits of FP8 products.
         with_entropy: return the entropy of the law too.
         cache: keeps an FP8 head between the calls of one pass; quantised anew each time if None.
 
     Returns:
-        [N] in fp32 (fp64 for fp64 inputs), never above 0 and bitwise the same on all ranks of `tp_group`; with
-        `with_entropy` a pair with the entropies [N]. The gradient of `hidden` is summed over `tp_group`, that of
-        `weight` is local. On a GPU, where looking would stall it, rows with a target outside [0, vocab_size) are NaN.
+        [N] in fp32 (fp64 for fp64 inputs at `fp32`), never above 0 and bitwise the same on all ranks of `tp_group`;
+        with `with_entropy` a pair with the entropies [N]. The gradient of `hidden` is summed over `tp_group`, that of
+        `weight` is local. On a GPU, where looking would stall it, rows with a target outside [0, vocab_size) are NaN;
+        `ignore_index` stalls it too.
 
     Raises:
         ValueError: a target outside [0, vocab_size) (on a CPU), a vocab_size that the weight's rows cannot hold, a
@@ -110,8 +111,9 @@ class _LinearLogprob(torch.autograd.Function):
         group = ctx.options.tp_group
         if group is not None and group.size() > 1:
             torch.distributed.all_reduce(grad_hidden, group=group)
-        padding = len(weight) - len(grad_weight)
-        grad_weight = torch.nn.functional.pad(grad_weight.to(weight.dtype), (0, 0, 0, padding))
+        grad_weight = grad_weight.to(weight.dtype)
+        if len(grad_weight) < len(weight):
+            grad_weight = torch.nn.functional.pad(grad_weight, (0, 0, 0, len(weight) - len(grad_weight)))
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 

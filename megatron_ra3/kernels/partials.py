@@ -37,7 +37,7 @@ def empty(rows: int, like: Tensor) -> Tensor:
 def merge(local: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Normaliser]:
     """Log-prob of the targets, entropy, and the normaliser, [N] each, from this rank's partials [4, N], nats.
 
-    Log-probs are never above 0. The entropy is 0 where the backend left `WEIGHTED` at 0.
+    Log-probs are never above 0. The entropy means nothing where the backend left `WEIGHTED` at 0.
     """
     shards = _gathered(local, tp_group)
     row_max, total, weighted = add_up(shards)
@@ -53,13 +53,12 @@ def add_up(parts: Tensor) -> Tensor:
     In order, one after the other: the order in which torch's sum adds depends on N, and a row's result must not.
     """
     row_max = parts[:, MAX].amax(dim=0)
-    total, weighted = torch.zeros_like(row_max), torch.zeros_like(row_max)
-    for part in parts:
-        shift = part[MAX] - row_max
-        weight = shift.exp()
-        total = total + weight * part[SUM]
-        weighted = weighted + weight * (part[WEIGHTED] + shift * part[SUM])
-    return torch.stack([row_max, total, weighted])
+    shift = parts[:, MAX] - row_max
+    scaled = shift.exp()[:, None] * torch.stack([parts[:, SUM], parts[:, WEIGHTED] + shift * parts[:, SUM]], dim=1)
+    total = scaled[0]
+    for part in scaled[1:]:
+        total = total + part
+    return torch.stack([row_max, *total])
 
 
 def _gathered(local: Tensor, tp_group: ProcessGroup | None) -> Tensor:

@@ -18,7 +18,12 @@ from megatron_ra3.kernels import fp8, partials
 from megatron_ra3.kernels.backends import quantized_head
 from megatron_ra3.kernels.partials import Normaliser
 from megatron_ra3.kernels.problem import Gradients, Problem
-from megatron_ra3.kernels.triton_kernels import forward_kernel, gather_dot_kernel, gradient_kernel
+from megatron_ra3.kernels.triton_kernels import (
+    forward_kernel,
+    gather_dot_kernel,
+    gradient_kernel,
+    projections_kernel,
+)
 
 if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
@@ -48,7 +53,7 @@ class Tiles:
 
 @dataclass(slots=True)
 class Tuning:
-    """The tiles in use; `ra3 bench logprob` measures others."""
+    """The tiles in use. In FP8 `fp8.TILE` columns wide: a scale, and a column's place in a logit, are per tile."""
 
     bf16: Tiles = Tiles(128, 256, 64, warps=8, stages=4)
     fp8: Tiles = Tiles(128, fp8.TILE, 128, warps=8, stages=4)
@@ -70,7 +75,7 @@ class TritonBackend:
             found, _ = _sums(problem, problem.hidden, problem.weight, TUNING.bf16, rescored=False)
             return _with_targets(problem, found, _target_products(problem, problem.hidden, problem.weight))
         head = quantized_head(problem, cache)
-        hidden, weight = fp8.quantize_hidden(problem.hidden, head), head.weight
+        hidden, weight = fp8.quantize_hidden(problem.hidden, head, projections), head.weight
         found, maxima = _sums(problem, hidden, weight, TUNING.fp8, rescored=precision == "fp8_rescored")
         if maxima is not None:
             return fp8.rescore(problem, found, maxima, gather_dot)
@@ -99,12 +104,24 @@ def gather_dot(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """Dot products hidden [N, H] · weight[columns] for columns [N, k] int64: [N, k] in fp32."""
     columns = columns.contiguous()
     out = torch.empty(columns.shape, dtype=torch.float32, device=hidden.device)
-    block = min(2048, triton.next_power_of_2(hidden.shape[1]))
     gather_dot_kernel[columns.shape](
         hidden.contiguous(), weight.contiguous(), columns, out, hidden.shape[1],
-        PER_ROW=columns.shape[1], BLOCK_HIDDEN=block,
+        PER_ROW=columns.shape[1], BLOCK_HIDDEN=_block(hidden),
     )  # fmt: skip
     return out
+
+
+def projections(hidden: Tensor, rounded: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """`fp8.Projections`; unlike torch's sums, a row's do not depend on how many rows there are."""
+    own, square = torch.empty(2, len(hidden), device=hidden.device)
+    projections_kernel[(len(hidden),)](
+        hidden.contiguous(), rounded, moments, own, square, hidden.shape[1], BLOCK_HIDDEN=_block(hidden)
+    )
+    return own, square
+
+
+def _block(hidden: Tensor) -> int:
+    return min(2048, int(triton.next_power_of_2(hidden.shape[1])))
 
 
 def _target_products(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -124,13 +141,14 @@ def _sums(
     rows, vocab = len(problem.hidden), len(problem.weight)
     device = problem.hidden.device
     quantized = isinstance(hidden, fp8.Quantized)
+    assert not quantized or tiles.columns == fp8.TILE
     x, row_scale = (hidden.values, hidden.scales) if isinstance(hidden, fp8.Quantized) else (hidden, hidden)
     w, tile_scale = (weight.values, weight.scales) if isinstance(weight, fp8.Quantized) else (weight, weight)
     groups = triton.cdiv(vocab, fp8.GROUP)
     sums = torch.empty(SEGMENTS, 3, rows, device=device)
     maxima = torch.empty(groups if rescored else 0, rows, device=device)
     columns = torch.empty(maxima.shape, dtype=torch.int32, device=device)
-    row_programs, splits = _launch(triton.cdiv(rows, tiles.rows), device)
+    row_programs, splits = _launch(rows, tiles.rows, x.shape[1] * x.element_size(), device)
     forward_kernel[(row_programs * splits,)](
         _descriptor(x, tiles.rows, tiles.hidden), _descriptor(w, tiles.columns, tiles.hidden), row_scale, tile_scale,
         torch.where(problem.owned, problem.local_targets, -1), sums, maxima, columns,
@@ -139,7 +157,8 @@ def _sums(
         FP8=quantized, RESCORED=rescored, ENTROPY=problem.with_entropy, UPCAST=_upcasts(x),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    sums[:, [partials.MAX, partials.WEIGHTED]] /= LOG2_E
+    for number in (partials.MAX, partials.WEIGHTED):
+        sums[:, number] /= LOG2_E
     return partials.add_up(sums), fp8.GroupMaxima(maxima / LOG2_E, columns.long()) if rescored else None
 
 
@@ -169,18 +188,24 @@ def _gradient(problem: Problem, columns: slice, lse: Tensor, entropy: Tensor, gr
     return out
 
 
-def _launch(row_tiles: int, device: torch.device) -> tuple[int, int]:
-    """Row programs and splits of the segments: as many programs as there are processors, the last round full."""
-    processors = INTERPRETED_PROGRAMS
+def _launch(rows: int, tile_rows: int, bytes_per_row: int, device: torch.device) -> tuple[int, int]:
+    """Row programs and splits of the segments: the fewest rounds, then the fewest splits whose rows fit the L2 cache.
+
+    The rows that are worked on together are read again for every tile of columns; the columns, once per round.
+    """
+    processors, cache_bytes = INTERPRETED_PROGRAMS, 0
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        processors, cache_bytes = properties.multi_processor_count, properties.L2_cache_size // 2
+    row_tiles = triton.cdiv(rows, tile_rows)
     choices = []
     for splits in (1, 2, 3, 4, 6, 12):
         programs = min(row_tiles, processors // splits)
         if programs:
             rounds = triton.cdiv(row_tiles, programs) * SEGMENTS // splits
-            choices.append((rounds, splits, programs))
-    _, splits, programs = min(choices)
+            overflow = max(0, programs * tile_rows * bytes_per_row - cache_bytes)
+            choices.append((rounds, overflow, splits, programs))
+    _, _, splits, programs = min(choices)
     return programs, splits
 
 

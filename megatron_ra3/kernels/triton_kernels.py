@@ -61,43 +61,42 @@ def forward_kernel(
             weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
             best = tl.full((BLOCK_ROWS,), NOTHING, tl.float32)
             best_column = tl.zeros((BLOCK_ROWS,), tl.int32)
-            for tile in range(segment * segment_tiles, (segment + 1) * segment_tiles):
+            last = tl.minimum((segment + 1) * segment_tiles, tl.cdiv(vocab, BLOCK_COLUMNS))
+            for tile in range(segment * segment_tiles, last):
                 start = tile * BLOCK_COLUMNS
-                if start < vocab:
-                    column = start + tl.arange(0, BLOCK_COLUMNS)
-                    z = _logits(
-                        x_desc, w_desc, row_start, start, hidden, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_HIDDEN, UPCAST
-                    )
-                    if FP8:
-                        z = z * (scale * tl.load(tile_scale + tile))[:, None]
-                    else:
-                        z = z * scale[:, None]
-                    if RESCORED:
-                        bits = z.to(tl.int32, bitcast=True)
-                        bits = (bits & ~COLUMN_BITS) | tl.arange(0, BLOCK_COLUMNS)[None, :]
-                        z = bits.to(tl.float32, bitcast=True)
-                        z = tl.where(column[None, :] == target[:, None], NOTHING, z)
-                    if start + BLOCK_COLUMNS > vocab:
-                        z = tl.where(column[None, :] < vocab, z, NOTHING)
-                    tile_top = tl.max(z, 1)
-                    new_top = tl.maximum(top, tile_top)
-                    likelihood = tl.exp2(z - new_top[:, None])
-                    shrink = tl.exp2(top - new_top)
-                    if ENTROPY:
-                        weighted = (weighted + (top - new_top) * total) * shrink
-                        weighted += tl.sum(likelihood * (z - new_top[:, None]), 1)
-                    total = total * shrink + tl.sum(likelihood, 1)
-                    top = new_top
-                    if RESCORED:
-                        better = tile_top > best
-                        place = start + (tile_top.to(tl.int32, bitcast=True) & COLUMN_BITS)
-                        best_column = tl.where(better, place, best_column)
-                        best = tl.where(better, tile_top, best)
-                        if (tile + 1) % GROUP_TILES == 0 or start + BLOCK_COLUMNS >= vocab:
-                            group = tile // GROUP_TILES
-                            tl.store(maxima + group * rows + row, best, mask=inside)
-                            tl.store(columns_of_maxima + group * rows + row, best_column, mask=inside)
-                            best = tl.full((BLOCK_ROWS,), NOTHING, tl.float32)
+                column = start + tl.arange(0, BLOCK_COLUMNS)
+                z = _logits(x_desc, w_desc, row_start, start, hidden, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_HIDDEN, UPCAST)
+                if FP8:
+                    z = z * (scale * tl.load(tile_scale + tile))[:, None]
+                else:
+                    z = z * scale[:, None]
+                if RESCORED:
+                    bits = z.to(tl.int32, bitcast=True)
+                    bits = (bits & ~COLUMN_BITS) | tl.arange(0, BLOCK_COLUMNS)[None, :]
+                    z = bits.to(tl.float32, bitcast=True)
+                    z = tl.where(column[None, :] == target[:, None], NOTHING, z)
+                if start + BLOCK_COLUMNS > vocab:
+                    z = tl.where(column[None, :] < vocab, z, NOTHING)
+                tile_top = tl.max(z, 1)
+                new_top = tl.maximum(top, tile_top)
+                likelihood = tl.exp2(z - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                if ENTROPY:
+                    weighted = (weighted + (top - new_top) * total) * shrink
+                    weighted += tl.sum(likelihood * (z - new_top[:, None]), 1)
+                total = total * shrink + tl.sum(likelihood, 1)
+                top = new_top
+                if RESCORED:
+                    better = tile_top > best
+                    place = start + (tile_top.to(tl.int32, bitcast=True) & COLUMN_BITS)
+                    best_column = tl.where(better, place, best_column)
+                    best = tl.where(better, tile_top, best)
+                    if (tile + 1) % GROUP_TILES == 0 or tile + 1 == last:
+                        group = tile // GROUP_TILES
+                        tl.store(maxima + group * rows + row, best, mask=inside)
+                        tl.store(columns_of_maxima + group * rows + row, best_column, mask=inside)
+                        best = tl.full((BLOCK_ROWS,), NOTHING, tl.float32)
+                        best_column = tl.zeros((BLOCK_ROWS,), tl.int32)
             place_of = sums + segment * 3 * rows + row
             tl.store(place_of, top, mask=inside)
             tl.store(place_of + rows, total, mask=inside)
@@ -151,3 +150,24 @@ def gather_dot_kernel(
         right = tl.load(w + column * hidden + place, mask=inside, other=0.0).to(tl.float32)
         total += left * right
     tl.store(out + row * PER_ROW + k, tl.sum(total, 0))
+
+
+@triton.jit
+def projections_kernel(
+    x, rounded, moments, own, square, hidden, BLOCK_HIDDEN: tl.constexpr
+):  # fmt: skip
+    """Fill own and square [rows] with sum_h m_h x_h x^_h and sum_h m_h x^_h^2; one program per row."""
+    row = tl.program_id(0)
+    crossed = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    squared = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        place = start + tl.arange(0, BLOCK_HIDDEN)
+        inside = place < hidden
+        there = row.to(tl.int64) * hidden + place
+        left = tl.load(x + there, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(rounded + there, mask=inside, other=0.0).to(tl.float32)
+        weighted = right * tl.load(moments + place, mask=inside, other=0.0)
+        crossed += left * weighted
+        squared += right * weighted
+    tl.store(own + row, tl.sum(crossed, 0))
+    tl.store(square + row, tl.sum(squared, 0))

@@ -25,23 +25,26 @@ class MicroBatch:
     """Sequences, and the tokens in them whose log-probability matters.
 
     token_ids: [b, s] int64, right-padded with any valid id. rows: [K] int64, flat index b_index·s + position of the
-    hidden state that predicts the token. targets: [K] int64, the tokens. K may be 0.
+    hidden state that predicts the token. targets: [K] int64, the tokens. K may be 0. rewarded: that many of the K, the
+    last ones, serve rewards alone, so that `Trainer.score` may take them in `reward_precision`.
     """
 
     token_ids: Tensor
     rows: Tensor
     targets: Tensor
+    rewarded: int = 0
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on `device`."""
-        return MicroBatch(self.token_ids.to(device), self.rows.to(device), self.targets.to(device))
+        moved = (self.token_ids.to(device), self.rows.to(device), self.targets.to(device))
+        return MicroBatch(*moved, self.rewarded)
 
     def widened(self, multiple: int) -> "MicroBatch":
         """Return the same with s padded to a multiple of `multiple`, as sequence parallelism needs."""
         width = self.token_ids.shape[1]
         extra = -width % multiple
         rows = self.rows + self.rows // width * extra
-        return MicroBatch(torch.nn.functional.pad(self.token_ids, (0, extra)), rows, self.targets)
+        return MicroBatch(torch.nn.functional.pad(self.token_ids, (0, extra)), rows, self.targets, self.rewarded)
 
 
 def build_optimizer(
@@ -87,8 +90,8 @@ def build_optimizer(
 class Trainer:
     """Scores and trains one model. All methods are collective over the replica, `step` over all ranks.
 
-    Every rank of a replica must pass the same micro-batches. `score_precision` and `loss_precision` are those of the
-    output layer's operands in `score` and `step` (see `kernels.linear_logprob`).
+    Every rank of a replica must pass the same micro-batches. `reward_precision` and `loss_precision` are those of the
+    output layer's operands (see `kernels.linear_logprob`): the first for `MicroBatch.rewarded` pairs in `score`.
     """
 
     def __init__(
@@ -97,19 +100,26 @@ class Trainer:
         optimizer: Any,
         layout: ParallelLayout,
         *,
-        score_precision: Precision = "fp32",
+        reward_precision: Precision = "fp32",
         loss_precision: Precision = "fp32",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.layout = layout
-        self.score_precision = score_precision
+        self.reward_precision = reward_precision
         self.loss_precision = loss_precision
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Return log p(target) per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
-        outputs = self._forward(micro_batches, self._logprob(self.score_precision))
+        exact, rewards = self._logprob(self.loss_precision), self._logprob(self.reward_precision)
+
+        def head(batch: MicroBatch, hidden: Tensor) -> Tensor:
+            split = [len(batch.rows) - batch.rewarded, batch.rewarded]
+            pairs = zip(batch.rows.split(split), batch.targets.split(split), strict=True)
+            return torch.cat([part(hidden, *pair) for part, pair in zip((exact, rewards), pairs, strict=True)])
+
+        outputs = self._forward(micro_batches, head)
         return self._from_last_stage(outputs, [tuple(batch.rows.shape) for batch in micro_batches])
 
     @torch.no_grad()
@@ -166,7 +176,7 @@ class Trainer:
         logprob = self._logprob(self.loss_precision)
 
         def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs = logprob(batch, hidden)
+            logprobs = logprob(hidden, batch.rows, batch.targets)
             value = loss_fn(index, logprobs) if logprobs.numel() else logprobs.sum()
             no_count = torch.zeros((), dtype=torch.int, device=value.device)
             return value, no_count, value.detach().clone()
@@ -216,15 +226,15 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _logprob(self, precision: Precision) -> Callable[[MicroBatch, Tensor], Tensor]:
-        """The output layer for one pass over the weights as they are now."""
+    def _logprob(self, precision: Precision) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The output layer for one pass over the weights as they are now: (hidden, rows, targets) to log-probs."""
         cache = HeadCache()
 
-        def logprob(batch: MicroBatch, hidden: Tensor) -> Tensor:
+        def logprob(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
             found = linear_logprob(
-                _select(hidden, batch.rows),
+                _select(hidden, rows),
                 self.model.module.head_weight(),
-                batch.targets,
+                targets,
                 tp_group=self.layout.tp_group,
                 vocab_size=self.model.vocab_size,
                 precision=precision,

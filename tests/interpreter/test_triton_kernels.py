@@ -77,6 +77,16 @@ def test_log_probs_and_entropies_equal_float64_on_rounded_operands(precision, ro
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("vocab", [1, 2, 1025, 2049])
+def test_a_target_alone_in_its_group_counts_once(precision, vocab):
+    x, w, _ = problem(3, vocab, 32)
+    targets = torch.full((3,), vocab - 1)
+    found = linear_logprob(x, w, targets, precision=precision)
+    expected = law(x, w, precision, targets)[:, -1]
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_padded_rows_of_the_vocabulary_are_never_read(precision):
     x, w, targets = problem(6, 300, 32)
     padded = torch.cat([w, torch.full((212, 32), torch.nan, dtype=torch.bfloat16)])
@@ -103,6 +113,9 @@ def test_extreme_logits(precision):
     certain = linear_logprob(x, w, best, precision=precision)
     assert (certain <= 0).all()
     assert (certain == 0).any()
+    _, worst = (x.float() @ w.float().T).min(dim=1)
+    unlikely = linear_logprob(x, w, worst, precision=precision)
+    assert (unlikely.double() < 0.8 * law(x, w, "bf16", worst).gather(1, worst[:, None]).squeeze(1)).all()
     low = torch.full((300, 32), -40.0).bfloat16()  # all logits near -20,000
     value = linear_logprob(torch.full((2, 32), 16.0).bfloat16(), low, torch.tensor([0, 299]), precision=precision)
     tolerance = 20_480 * 2**-15 if precision == "fp8_rescored" else 4e-3  # what a packed column moves; fp32 spacing
