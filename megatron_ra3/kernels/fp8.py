@@ -1,7 +1,7 @@
 """FP8 likelihoods: quantisation to e4m3, its cache, and the exact rescoring that makes eight bits enough.
 
-Rounding to three mantissa bits moves a log-prob by about 0.08 nats, whatever the scales, and nearly all of it comes
-from the few largest logits and the target's. So the target is kept out of the FP8 sum, the largest logit of each group
+Rounding to three mantissa bits moves a log-prob by some 0.07 nats, whatever the scales, and nearly all of it comes from
+the few largest logits and the target's. So the target is kept out of the FP8 sum, the largest logit of each group
 of `GROUP` columns is a candidate, and the best `CANDIDATES` of these and the target are computed again in high
 precision and put back. Mixing an exact target with an FP8 sum that contains it would give log-probs above 0.
 

@@ -44,7 +44,7 @@ def linear_logprob(
         ignore_index: rows with this target are left out: log-prob, entropy and gradient 0.
         precision: of the operands. `bf16` rounds them to bf16, `fp8` to e4m3, and `fp8_rescored` computes the target's
             and the largest logits again in bf16 (see `fp8`). `fp32` takes them as they are; fp64 inputs stay fp64.
-            Products are added up in fp32, except that Hopper's tensor cores keep about 22 bits of FP8 products.
+            Products are added up in fp32; of FP8 products Hopper's tensor cores are reported to keep 22 bits.
         with_entropy: return the entropy of the law too.
         cache: keeps an FP8 head between the calls of one pass; quantised anew each time if None.
 
@@ -62,7 +62,7 @@ def linear_logprob(
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if precision == "fp8" and wants_gradient:
         raise ValueError(
-            "precision=fp8 has no gradient: its normaliser is off by 0.06 nats; set fp8_rescored or bf16 for losses"
+            "precision=fp8 has no gradient: its normaliser is too rough; set fp8_rescored or bf16 for losses"
         )
     options = _Options(tp_group, vocab_size, temperature, precision, with_entropy, cache)
     if ignore_index is None:
