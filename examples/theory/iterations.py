@@ -141,4 +141,5 @@ def slopes(samples: Samples) -> list[dict[str, float | str]]:
 
 
 def _half_width(values: Sequence[float] | Array) -> float:
-    return Estimate.of([float(value) for value in values]).half_width or math.nan
+    found = Estimate.of([float(value) for value in values]).half_width
+    return math.nan if found is None else found
