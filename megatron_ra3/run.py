@@ -24,7 +24,7 @@ from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
 from megatron_ra3.estep import EStep
-from megatron_ra3.kernels.backends import FALLBACKS
+from megatron_ra3.kernels.backends import take_fallbacks
 from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.reference import Reference
@@ -114,6 +114,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._restore()
+        take_fallbacks()
         for number in STOP_SIGNALS:
             self._handlers[number] = signal.getsignal(number)
             signal.signal(number, self._request_stop)
@@ -171,7 +172,7 @@ class Run:
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "seconds": time.monotonic() - self._step_started,
         }
-        fallbacks = sum((Counter(found) for found in self.layout.gather_from_ranks(dict(FALLBACKS))), Counter())
+        fallbacks: Counter[str] = sum(self.layout.gather_from_ranks(take_fallbacks()), Counter())
         if fallbacks:
             record["kernel_fallbacks"] = dict(fallbacks)
         self.metrics.write(self._step_label, record)

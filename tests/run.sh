@@ -26,7 +26,7 @@ failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format")
 mypy || failed+=(mypy)
-python -m pytest "$@" || failed+=(pytest)
+python -m pytest --numprocesses 2 --dist loadgroup "$@" || failed+=(pytest)
 if ((${#failed[@]})); then
     printf 'run.sh: failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
     exit 1

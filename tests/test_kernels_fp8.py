@@ -157,14 +157,15 @@ def test_a_pass_keeps_the_head_it_began_with():
 
 
 def test_fallbacks_are_counted_with_their_reason():
-    backends.FALLBACKS.clear()
+    backends.take_fallbacks()
     linear_logprob(torch.randn(2, 16), torch.randn(8, 16), torch.tensor([0, 1]), precision="bf16")
     linear_logprob(torch.randn(2, 20), torch.randn(8, 20), torch.tensor([0, 1]), precision="fp8_rescored")
     linear_logprob(torch.randn(2, 20), torch.randn(8, 20), torch.tensor([0, 1]), precision="fp32")
-    assert backends.FALLBACKS == {
+    assert backends.take_fallbacks() == {
         "no CUDA device": 1,
         "hidden size 20 at fp8_rescored: a row must be a multiple of 16 bytes": 1,
     }
+    assert not backends.take_fallbacks()
 
 
 def _all_shards(hidden: Tensor, weight: Tensor, targets: Tensor, reals: list[int]) -> list[tuple[Tensor, Tensor]]:

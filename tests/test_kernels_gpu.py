@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_ra3.kernels import Precision, linear_logprob
-from megatron_ra3.kernels.backends import FALLBACKS
+from megatron_ra3.kernels.backends import take_fallbacks
 
 pytestmark = pytest.mark.gpu
 ROWS, HIDDEN, VOCABULARY, PADDED = 4096, 2048, 151_665, 151_936
@@ -26,9 +26,9 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_fallback():
-    FALLBACKS.clear()
+    take_fallbacks()
     yield
-    assert not FALLBACKS, FALLBACKS
+    assert not take_fallbacks()
 
 
 @pytest.mark.parametrize("precision", RMS_NATS)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
     from megatron_ra3.kernels.linear_logprob import Precision
 
-FALLBACKS: Counter[str] = Counter()
-"""How often the torch backend took a call meant for the kernels, by reason."""
+_FALLBACKS: Counter[str] = Counter()
 ALIGNMENT_BYTES = 16
 """What the tensor memory accelerator asks of a tensor's first byte and of a row's length."""
 TRITON = (3, 6)
@@ -58,14 +57,21 @@ def quantized_head(problem: Problem, cache: HeadCache | None) -> fp8.Head:
 
 
 def choose(problem: Problem, precision: Precision) -> Backend:
-    """The kernels, or torch where they cannot be used (counted in `FALLBACKS`) or fp32 was asked for."""
+    """The kernels, or torch where they cannot be used (counted) or fp32 was asked for."""
     if precision == "fp32" or not len(problem.hidden) or not len(problem.weight):
         return TorchBackend()
     reason = refusal(problem, precision)
     if reason is None:
         return _triton_backend()
-    FALLBACKS[reason] += 1
+    _FALLBACKS[reason] += 1
     return TorchBackend()
+
+
+def take_fallbacks() -> Counter[str]:
+    """How often the torch backend took a call meant for the kernels, by reason, since this was last asked."""
+    taken = Counter(_FALLBACKS)
+    _FALLBACKS.clear()
+    return taken
 
 
 def refusal(problem: Problem, precision: Precision) -> str | None:
