@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from megatron_ra3 import objective
 from megatron_ra3.batching import TokenBatch, pack
 from megatron_ra3.latents import LatentFormat, Trajectory
@@ -29,14 +27,10 @@ class NextToken:
         """One optimizer step on this replica's annotated snippets; metrics over all replicas, log-probs in nats."""
         batches = self._batches(trajectories, latent_weight)
         global_weight = self.layout.sum_number_over_dp(sum(float(batch.weights.sum()) for batch in batches))
-
-        def loss(index: int, logprobs: Tensor) -> Tensor:
-            weights = batches[index].weights.to(logprobs.device)
-            return objective.next_token_loss(logprobs, weights, global_weight=global_weight)
-
+        weights = [objective.next_token_weights(batch.weights, global_weight=global_weight) for batch in batches]
         tokens = self.layout.sum_number_over_dp(sum(len(batch.weights) for batch in batches))
         _require(tokens)
-        result = self.trainer.step([batch.micro_batch for batch in batches], loss, lr=lr)
+        result = self.trainer.fit([batch.micro_batch for batch in batches], weights, lr=lr)
         return result | {"tokens": tokens, "lr": lr} | latent_means(self.layout, trajectories)
 
     def evaluate(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -220,6 +220,6 @@ def line_loss(
     return -settings.line_gradient * (counts * line_values(logprob, tokens, settings)).sum() / max(global_count, 1)
 
 
-def next_token_loss(logprobs: Tensor, weights: Tensor, *, global_weight: float) -> Tensor:
-    """-sum_u w_u log pi(u) / W over tokens [U]; W is the sum of weights over all ranks (algorithm.md 5)."""
-    return -(weights * logprobs).sum() / max(global_weight, 1e-30)
+def next_token_weights(weights: Tensor, *, global_weight: float) -> Tensor:
+    """w_u / W [U] of the loss -sum_u w_u log pi(u) / W; W is the sum of weights over all ranks (algorithm.md 5)."""
+    return weights / max(global_weight, 1e-30)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ra3.kernels import Precision, linear_logprob
+from megatron_ra3.kernels import Precision, linear_cross_entropy, linear_logprob
 from megatron_ra3.kernels.backends import take_fallbacks
 
 pytestmark = pytest.mark.gpu
@@ -87,3 +87,21 @@ def test_forward_holds_less_than_64_mb(case, precision):
     linear_logprob(hidden, weight, targets, vocab_size=VOCABULARY, precision=precision)
     copies = 0 if precision == "bf16" else weight.numel() + hidden.numel()
     assert torch.cuda.max_memory_allocated() - before < copies + 64 * 2**20
+
+
+@pytest.mark.parametrize("rows", [ROWS, 64])
+def test_loss_and_gradients_taken_on_the_way_are_those_of_autograd(case, rows):
+    hidden, weight, targets = (item.detach() for item in case)
+    token_weights = torch.rand(rows, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    found = []
+    for fused in (True, False):
+        inputs = hidden[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {"vocab_size": VOCABULARY, "precision": "bf16"}
+        if fused:
+            loss = linear_cross_entropy(*inputs, targets[:rows], token_weights, **options)
+        else:
+            loss = -(token_weights * linear_logprob(*inputs, targets[:rows], **options)).sum()
+        loss.backward()
+        found.append([loss.detach(), *(item.grad for item in inputs)])
+    for mine, expected in zip(*found, strict=True):
+        assert (mine.double() - expected.double()).norm() < 5e-3 * expected.double().norm()

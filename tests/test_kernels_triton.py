@@ -125,3 +125,17 @@ def test_gathered_dots_and_projections_for_hopper(tmp_path, element):
     )
     project = _compiled(triton_kernels.projections_kernel, {"BLOCK_HIDDEN": 2048}, types)
     assert [_spilled(compiled, tmp_path) for compiled in (gather, project)] == [0, 0]
+
+
+def test_passes_over_rows_of_logits_for_hopper(tmp_path):
+    types = {
+        **dict.fromkeys(("logits", "sums", "target_logits", "lse", "weights"), "*fp32"),
+        **dict.fromkeys(("factor", "inverse_temperature"), "fp32"),
+        **dict.fromkeys(("rows", "vocab"), "i32"),
+        "targets": "*i64",
+        "out": "*bf16",
+    }
+    for kernel in (triton_kernels.row_sums_kernel, triton_kernels.cross_entropy_gradient_kernel):
+        compiled = _compiled(kernel, {"BLOCK_COLUMNS": triton_backend.ROW_BLOCK}, types)
+        assert _spilled(compiled, tmp_path) == 0
+        assert "ld.global.v4" in compiled.asm["ptx"] or "ld.global.L1" in compiled.asm["ptx"], kernel

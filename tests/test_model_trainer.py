@@ -144,6 +144,23 @@ def test_gradient_of_a_step_is_autograd_of_transformers(folder):
         torch.testing.assert_close(ours[mine].main_grad, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_fit_is_a_step_on_the_weighted_log_probs(folder):
+    batches = [next_token_batch(sequences(3, seed=7)), next_token_batch(sequences(2, seed=8))]
+    weights_of = [torch.rand(len(batch.rows), generator=torch.Generator().manual_seed(9)) for batch in batches]
+    found = []
+    for way in ("fit", "step"):
+        trainer = open_trainer(folder, qwen2(), initialize())
+        if way == "fit":
+            result = trainer.fit(batches, weights_of, lr=1e-3)
+        else:
+            result = trainer.step(batches, lambda i, logprobs: -(weights_of[i] * logprobs).sum(), lr=1e-3)
+        found.append((result, weights(trainer)))
+    (result, after), (expected, expected_after) = found
+    assert result == pytest.approx(expected, rel=1e-6)
+    for name, tensor in expected_after.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=2e-5)
+
+
 def test_norms_and_biases_are_not_decayed(folder):
     trainer = open_trainer(folder, qwen2(), initialize(), weight_decay=0.5, eps=1.0)
     before = weights(trainer)

@@ -147,9 +147,10 @@ def test_presets_are_the_corners_they_are_named_after():
     assert set(PRESETS) == {"ra3", "ntp", "rlp", "brite", "latro"}
 
 
-def test_next_token_loss_is_a_weighted_mean_over_the_global_weight():
-    loss = objective.next_token_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.5]), global_weight=4.0)
-    assert loss.item() == pytest.approx(0.5)
+def test_next_token_weights_are_shares_of_the_global_weight():
+    shares = objective.next_token_weights(torch.tensor([1.0, 0.5]), global_weight=4.0)
+    assert shares.tolist() == [0.25, 0.125]
+    assert objective.next_token_weights(torch.zeros(0), global_weight=0.0).tolist() == []
 
 
 def test_exploration_mixes_the_policy_with_a_coin():

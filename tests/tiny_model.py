@@ -101,13 +101,16 @@ def share(items: list[Tensor], parts: int, layout: ParallelLayout) -> list[Micro
 
 
 def train(trainer: Trainer, parts: int, steps: range) -> list[tuple[float, float]]:
-    """Run next-token steps on data that depends on the step alone; return (loss, grad_norm) per step."""
+    """Next-token steps, taken both ways in turn, on data that depends on the step alone: (loss, grad_norm) of each."""
     curve = []
     for step in steps:
         items = sequences(8, seed=step)
         count = sum(len(tokens) - 1 for tokens in items)
         batches = share(items, parts, trainer.layout)
-        result = trainer.step(batches, lambda _, logprobs, count=count: -logprobs.sum() / count, lr=1e-3)  # type: ignore[misc]
+        if step % 2:
+            result = trainer.step(batches, lambda _, logprobs, count=count: -logprobs.sum() / count, lr=1e-3)  # type: ignore[misc]
+        else:
+            result = trainer.fit(batches, [torch.full((len(batch.rows),), 1.0 / count) for batch in batches], lr=1e-3)
         curve.append((result["loss"], result["grad_norm"]))
     return curve
 

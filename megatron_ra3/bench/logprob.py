@@ -237,6 +237,22 @@ def _ours(precision: str) -> Callable[[Inputs], Any]:
     return run
 
 
+def _ours_as_loss(precision: str) -> Callable[[Inputs], Any]:
+    """What the M-step calls: the same without gradients, one product less with."""
+
+    def run(given: Inputs) -> Any:
+        import torch
+
+        from megatron_ra3.kernels import linear_cross_entropy
+
+        if not torch.is_grad_enabled():
+            return _ours(precision)(given)
+        ones = torch.ones(len(given.targets), device=given.hidden.device)
+        return linear_cross_entropy(given.hidden, given.weight, given.targets, ones, precision=precision)  # type: ignore[arg-type]
+
+    return run
+
+
 def _eager(given: Inputs) -> Any:
     """The whole [N, V] in bf16, then log-softmax in fp32."""
     logits = given.hidden @ given.weight.T
@@ -330,6 +346,8 @@ def _cut_cross_entropy(given: Inputs) -> Any:
 PROVIDERS: dict[str, Callable[[Inputs], Any]] = {
     "ours fp32": _ours("fp32"),
     "ours bf16": _ours("bf16"),
+    "ours fp32 loss": _ours_as_loss("fp32"),
+    "ours bf16 loss": _ours_as_loss("bf16"),
     "ours fp8": _ours("fp8"),
     "ours fp8_rescored": _ours("fp8_rescored"),
     "torch eager": _eager,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_ra3.kernels import fp8, reference
-from megatron_ra3.kernels.partials import Normaliser
-from megatron_ra3.kernels.problem import Gradients, Problem
+from megatron_ra3.kernels.partials import Merged, Normaliser
+from megatron_ra3.kernels.problem import Gradients, LossGradients, Problem
 
 if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
-    from megatron_ra3.kernels.linear_logprob import Precision
+    from megatron_ra3.kernels.problem import Precision
 
 _FALLBACKS: Counter[str] = Counter()
 ALIGNMENT_BYTES = 16
@@ -34,6 +35,14 @@ class Backend(Protocol):
     def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Gradients of hidden [N, H], this shard's part, and of weight [V, H]."""
 
+    def cross_entropy(
+        self, problem: Problem, token_weights: Tensor, block_rows: int, merge: Callable[[Tensor], Merged]
+    ) -> LossGradients:
+        """Log-probs and the gradients of -sum(token_weights · log-prob).
+
+        `merge` is called on the partials of `block_rows` rows at a time, as often on all ranks.
+        """
+
 
 class TorchBackend:
     """`reference`, and `fp8` in torch."""
@@ -47,6 +56,12 @@ class TorchBackend:
     def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Gradients of hidden [N, H], this shard's part, and of weight [V, H]."""
         return reference.backward(problem, norm, entropy, grads)
+
+    def cross_entropy(
+        self, problem: Problem, token_weights: Tensor, block_rows: int, merge: Callable[[Tensor], Merged]
+    ) -> LossGradients:
+        """Log-probs and the gradients of -sum(token_weights · log-prob), `block_rows` rows at a time."""
+        return reference.cross_entropy(problem, token_weights, block_rows, merge)
 
 
 def quantized_head(problem: Problem, cache: HeadCache | None) -> fp8.Head:

@@ -6,7 +6,7 @@ logits cost N·V floats (5 GB for 8k tokens of Qwen) and, cast to bf16, 0.01 nat
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from torch.distributed import ProcessGroup
 
 from megatron_ra3.kernels import backends, partials
 from megatron_ra3.kernels.fp8 import HeadCache
-from megatron_ra3.kernels.problem import Gradients, Problem
-
-Precision = Literal["fp32", "bf16", "fp8", "fp8_rescored"]
+from megatron_ra3.kernels.problem import (
+    Gradients,
+    Precision,
+    Problem,
+    checked_vocab_size,
+    whole_weight_gradient,
+)
 
 
 def linear_logprob(
@@ -58,7 +62,7 @@ def linear_logprob(
         ValueError: a target outside [0, vocab_size) (on a CPU), a vocab_size that the weight's rows cannot hold, a
             temperature that is not positive, or a gradient asked of `fp8`.
     """
-    vocab_size = _checked(weight, targets, tp_group, vocab_size, temperature, ignore_index, precision)
+    vocab_size = checked_vocab_size(weight, targets, tp_group, vocab_size, temperature, precision, ignore_index)
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if precision == "fp8" and wants_gradient:
         raise ValueError(
@@ -111,48 +115,17 @@ class _LinearLogprob(torch.autograd.Function):
         group = ctx.options.tp_group
         if group is not None and group.size() > 1:
             torch.distributed.all_reduce(grad_hidden, group=group)
-        grad_weight = grad_weight.to(weight.dtype)
-        if len(grad_weight) < len(weight):
-            grad_weight = torch.nn.functional.pad(grad_weight, (0, 0, 0, len(weight) - len(grad_weight)))
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), whole_weight_gradient(grad_weight, weight), None, None
 
 
 def _problem(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> Problem:
-    if options.precision != "fp32":
-        hidden, weight = hidden.bfloat16(), weight.bfloat16()
     return Problem.of(
         hidden,
         weight,
-        targets.long(),
+        targets,
         options.tp_group,
         vocab_size=options.vocab_size,
         temperature=options.temperature,
+        precision=options.precision,
         with_entropy=options.with_entropy,
     )
-
-
-def _checked(
-    weight: Tensor,
-    targets: Tensor,
-    tp_group: ProcessGroup | None,
-    vocab_size: int | None,
-    temperature: float,
-    ignore_index: int | None,
-    precision: Precision,
-) -> int:
-    """The number of real tokens; ValueError names what is wrong."""
-    padded = weight.shape[0] * (tp_group.size() if tp_group is not None else 1)
-    vocab_size = padded if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= padded:
-        raise ValueError(f"vocab_size={vocab_size} must be in 1..{padded}, the rows of the output layer")
-    if temperature <= 0.0:
-        raise ValueError(f"temperature={temperature} must be positive")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision={precision!r} must be one of {', '.join(get_args(Precision))}")
-    if not targets.is_cuda:
-        wrong = (targets < 0) | (targets >= vocab_size)
-        if ignore_index is not None:
-            wrong &= targets != ignore_index
-        if wrong.any():
-            raise ValueError(f"target {int(targets[wrong][0])} is outside the vocabulary [0, {vocab_size})")
-    return vocab_size

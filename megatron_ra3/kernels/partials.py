@@ -27,6 +27,14 @@ class Normaliser(NamedTuple):
     log_sum: Tensor
 
 
+class Merged(NamedTuple):
+    """What all shards together know of rows: log-prob of the target and entropy (nats), normaliser; [N] each."""
+
+    logprob: Tensor
+    entropy: Tensor
+    norm: Normaliser
+
+
 def empty(rows: int, like: Tensor) -> Tensor:
     """Partials [4, rows] of a shard that holds nothing."""
     found = like.new_zeros(4, rows)
@@ -34,8 +42,8 @@ def empty(rows: int, like: Tensor) -> Tensor:
     return found
 
 
-def merge(local: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Normaliser]:
-    """Log-prob of the targets, entropy, and the normaliser, [N] each, from this rank's partials [4, N], nats.
+def merge(local: Tensor, tp_group: ProcessGroup | None) -> Merged:
+    """Add up this rank's partials [4, N] with those of its group.
 
     Log-probs are never above 0. The entropy means nothing where the backend left `WEIGHTED` at 0.
     """
@@ -44,7 +52,7 @@ def merge(local: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor,
     target = shards[:, TARGET].sum(dim=0)  # of one number and zeros
     log_sum = total.log()
     logprob = ((target - row_max) - log_sum).clamp(max=0.0)
-    return logprob, (log_sum - weighted / total).clamp(min=0.0), Normaliser(row_max, log_sum)
+    return Merged(logprob, (log_sum - weighted / total).clamp(min=0.0), Normaliser(row_max, log_sum))
 
 
 def add_up(parts: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ the subtraction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_ra3.kernels import partials
-from megatron_ra3.kernels.partials import Normaliser
-from megatron_ra3.kernels.problem import Gradients, Problem
+from megatron_ra3.kernels.partials import Merged, Normaliser
+from megatron_ra3.kernels.problem import Gradients, LossGradients, Problem
 
 MAX_CHUNK_ELEMENTS = 4 * 1024 * 1024
 """Largest block of logits, rows x local vocabulary, that is alive at any time (16 MiB in fp32)."""
@@ -65,6 +65,40 @@ def backward(problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradien
     return grad_hidden, grad_weight
 
 
+def cross_entropy(
+    problem: Problem, token_weights: Tensor, block_rows: int, merge: Callable[[Tensor], Merged]
+) -> LossGradients:
+    """Log-probs, and the gradients of -sum_n w_n log p_n, in fp32, or fp64 for fp64 inputs: dz = w (p - 1{target}).
+
+    `block_rows` rows at a time; `merge` turns their partials into log-probs.
+    """
+    hidden, weight = _exact(problem.hidden), _exact(problem.weight)
+    logprob, grad_hidden, grad_weight = (
+        hidden.new_empty(len(hidden)),
+        torch.empty_like(hidden),
+        torch.zeros_like(weight),
+    )
+    upstream = token_weights.to(hidden)
+    for rows in blocks(len(hidden), block_rows):
+        logits = (hidden[rows] @ weight.T).mul_(problem.inverse_temperature)
+        local = partials.empty(len(logits), logits)
+        if len(weight):
+            target = logits.gather(1, problem.local_targets[rows, None]).squeeze(1)
+            local[partials.TARGET] = torch.where(problem.owned[rows], target, 0.0)
+            local[partials.MAX] = logits.amax(dim=1)
+            local[partials.SUM] = logits.sub_(local[partials.MAX, :, None]).exp_().sum(dim=1)
+        logprob[rows], _, norm = merge(local)
+        shrink = (local[partials.MAX] - norm.row_max - norm.log_sum).exp()
+        grad_logits = logits.mul_((shrink * upstream[rows])[:, None])
+        if len(weight):
+            here = torch.where(problem.owned[rows], upstream[rows], 0.0)
+            grad_logits.scatter_add_(1, problem.local_targets[rows, None], -here[:, None])
+        grad_logits.mul_(problem.inverse_temperature)
+        torch.mm(grad_logits, weight, out=grad_hidden[rows])
+        grad_weight.addmm_(grad_logits.T, hidden[rows])
+    return LossGradients(logprob, grad_hidden, grad_weight)
+
+
 def gather_dot(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """Dot products hidden [N, H] · weight[columns] for columns [N, k] int64: [N, k] in fp32 (fp64 for fp64 inputs)."""
     exact = _exact(hidden)
@@ -80,6 +114,10 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:
     """Cut `rows` so that a block of `width` columns stays below MAX_CHUNK_ELEMENTS; nothing where either is 0."""
-    size = max(1, MAX_CHUNK_ELEMENTS // max(width, 1))
-    for start in range(0, rows if width else 0, size):
+    return blocks(rows if width else 0, max(1, MAX_CHUNK_ELEMENTS // max(width, 1)))
+
+
+def blocks(rows: int, size: int) -> Iterator[slice]:
+    """Cut `rows` into blocks of `size`; the last may be smaller."""
+    for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

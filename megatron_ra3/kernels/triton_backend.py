@@ -6,6 +6,7 @@ the interpreter is wrong about bf16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +15,30 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_ra3.kernels import fp8, partials
+from megatron_ra3.kernels import fp8, partials, reference
 from megatron_ra3.kernels.backends import quantized_head
-from megatron_ra3.kernels.partials import Normaliser
-from megatron_ra3.kernels.problem import Gradients, Problem
+from megatron_ra3.kernels.partials import Merged, Normaliser
+from megatron_ra3.kernels.problem import Gradients, LossGradients, Problem
 from megatron_ra3.kernels.triton_kernels import (
+    cross_entropy_gradient_kernel,
     forward_kernel,
     gather_dot_kernel,
     gradient_kernel,
     projections_kernel,
+    row_sums_kernel,
 )
 
 if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
-    from megatron_ra3.kernels.linear_logprob import Precision
+    from megatron_ra3.kernels.problem import Precision
 
 LOG2_E = 1.4426950408889634
 SEGMENTS = 12
 """Parts of the vocabulary with sums of their own: fixed, so that a row's result does not depend on the launch."""
 GROUP_TILES = fp8.GROUP // fp8.TILE
 INTERPRETED_PROGRAMS = 2
+ROW_BLOCK = 4096
+"""Columns that a pass over rows of logits holds at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +91,60 @@ class TritonBackend:
         """Gradients of hidden [N, H], this shard's part, in fp32, and of weight [V, H]."""
         hidden, weight = problem.hidden, problem.weight
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight, dtype=problem.weight_dtype)
         lse = (norm.row_max + norm.log_sum) * LOG2_E
-        for start in range(0, len(weight), TUNING.gradient_columns):
-            columns = slice(start, min(start + TUNING.gradient_columns, len(weight)))
+        for columns in reference.blocks(len(weight), TUNING.gradient_columns):
             grad_logits = _gradient(problem, columns, lse, entropy, grads)
-            if grad_logits.is_cuda:
-                grad_hidden += torch.mm(grad_logits, weight[columns], out_dtype=torch.float32)
-                torch.mm(grad_logits.T, hidden, out=grad_weight[columns])
-            else:
-                grad_hidden += grad_logits @ weight[columns].float()
-                grad_weight[columns] = (grad_logits.T @ hidden.float()).to(grad_weight.dtype)
+            grad_hidden += _product(grad_logits, weight[columns])
+            grad_weight[columns] = _product(grad_logits.T, hidden, problem.weight_dtype)
         return grad_hidden, grad_weight
+
+    def cross_entropy(
+        self, problem: Problem, token_weights: Tensor, block_rows: int, merge: Callable[[Tensor], Merged]
+    ) -> LossGradients:
+        """Log-probs and the gradients of -sum(token_weights · log-prob), fp32, `block_rows` rows at a time."""
+        hidden, weight = problem.hidden, problem.weight
+        device, factor = hidden.device, problem.inverse_temperature * LOG2_E
+        logprob, grad_hidden = torch.empty(len(hidden), device=device), torch.empty(hidden.shape, device=device)
+        grad_weight = torch.zeros(weight.shape, device=device)
+        targets, upstream = torch.where(problem.owned, problem.local_targets, -1), token_weights.float()
+        for rows in reference.blocks(len(hidden), block_rows):
+            logits = _product(hidden[rows], weight.T)
+            count, vocab = logits.shape
+            local = partials.empty(count, logits)
+            row_sums_kernel[(count,)](
+                logits, targets[rows], local, local[partials.TARGET], count, vocab, factor, BLOCK_COLUMNS=ROW_BLOCK
+            )
+            for number in (partials.MAX, partials.TARGET):
+                local[number] /= LOG2_E
+            logprob[rows], _, norm = merge(local)
+            grad_logits = torch.empty(logits.shape, dtype=_gradient_dtype(hidden), device=device)
+            cross_entropy_gradient_kernel[(count, triton.cdiv(vocab, ROW_BLOCK))](
+                logits, targets[rows], (norm.row_max + norm.log_sum) * LOG2_E, upstream[rows].contiguous(), grad_logits,
+                vocab, factor, problem.inverse_temperature, BLOCK_COLUMNS=ROW_BLOCK,
+            )  # fmt: skip
+            grad_hidden[rows] = _product(grad_logits, weight)
+            _add_product(grad_weight, grad_logits.T, hidden[rows])
+        return LossGradients(logprob, grad_hidden, grad_weight)
+
+
+def _gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradient of logits: the interpreter truncates to bf16 where a GPU rounds."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Products added up in fp32."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left.float() @ right.float()).to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
@@ -172,9 +219,7 @@ def _gradient(problem: Problem, columns: slice, lse: Tensor, entropy: Tensor, gr
     """Gradient of the logits of some columns, [N, columns]."""
     tiles = TUNING.gradient if grads.entropy is None else TUNING.gradient_with_entropy
     rows, width = len(problem.hidden), columns.stop - columns.start
-    interpreted = not problem.hidden.is_cuda
-    out_dtype = torch.float32 if interpreted else problem.hidden.dtype  # the interpreter truncates to bf16
-    out = torch.empty(rows, width, dtype=out_dtype, device=problem.hidden.device)
+    out = torch.empty(rows, width, dtype=_gradient_dtype(problem.hidden), device=problem.hidden.device)
     upstream = grads.logprob.float().contiguous()
     gradient_kernel[(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.columns))](
         _descriptor(problem.hidden, tiles.rows, tiles.hidden), _descriptor(problem.weight, tiles.columns, tiles.hidden),

@@ -1,4 +1,4 @@
-"""Triton kernels for Hopper: the fused forward over vocabulary tiles, its gradient's blocks, and gathered dots.
+"""Triton kernels for Hopper: the fused forward over vocabulary tiles, its gradient's blocks, and passes over rows.
 
 Forward: a program keeps a tile of rows and walks the tiles of a vocabulary segment, the running maximum and sum in
 registers, so nothing is written per logit, there are no atomics, and a row's result depends neither on how many rows
@@ -133,6 +133,47 @@ def gradient_kernel(
     grad = tl.where(column[None, :] < vocab, grad * inverse_temperature, 0.0)
     place = out + row[:, None].to(tl.int64) * out_columns + here[None, :]
     tl.store(place, grad.to(out.dtype.element_ty), mask=inside[:, None] & (here < out_columns)[None, :])
+
+
+@triton.jit
+def row_sums_kernel(
+    logits, targets, sums, target_logits, rows, vocab, factor, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Fill sums [2, rows], maximum and sum of exp2 of logits [rows, vocab] · factor, and target_logits [rows].
+
+    One program per row; a target of -1 leaves 0.
+    """
+    row = tl.program_id(0)
+    start_of_row = logits + row.to(tl.int64) * vocab
+    top = tl.full((BLOCK_COLUMNS,), NOTHING, tl.float32)
+    total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    for start in range(0, vocab, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        inside = column < vocab
+        z = tl.where(inside, tl.load(start_of_row + column, mask=inside, other=0.0) * factor, NOTHING)
+        new_top = tl.maximum(top, z)
+        total = total * tl.exp2(top - new_top) + tl.where(inside, tl.exp2(z - new_top), 0.0)
+        top = new_top
+    row_top = tl.max(top, 0)
+    tl.store(sums + row, row_top)
+    tl.store(sums + rows + row, tl.sum(total * tl.exp2(top - row_top), 0))
+    target = tl.load(targets + row)
+    tl.store(target_logits + row, tl.load(start_of_row + target, mask=target >= 0, other=0.0) * factor)
+
+
+@triton.jit
+def cross_entropy_gradient_kernel(
+    logits, targets, lse, weights, out, vocab, factor, inverse_temperature, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Fill out [rows, vocab] with weight (p - 1{target}) / T, p = exp2(logit · factor - lse); a program per block."""
+    row, start = tl.program_id(0), tl.program_id(1) * BLOCK_COLUMNS
+    column = start + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < vocab
+    place = row.to(tl.int64) * vocab + column
+    z = tl.load(logits + place, mask=inside, other=0.0) * factor
+    likelihood = tl.exp2(z - tl.load(lse + row))
+    grad = tl.load(weights + row) * (likelihood - tl.where(column == tl.load(targets + row), 1.0, 0.0))
+    tl.store(out + place, (grad * inverse_temperature).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ra3.kernels import HeadCache, Precision, linear_logprob
+from megatron_ra3.kernels import HeadCache, Precision, linear_cross_entropy, linear_logprob
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
 
 LossFn = Callable[[int, Tensor], Tensor]
+_Head = Callable[[int, "MicroBatch", Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From a micro-batch, its number and its hidden states: loss, a count Megatron wants, and what is returned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +142,21 @@ class Trainer:
         micro-batches, even none. `loss` is summed over micro-batches and replicas, `grad_norm` is taken before
         clipping. FloatingPointError: the loss or the gradient is not finite; weights and optimizer are then unchanged.
         """
+        return self._take_step(micro_batches, self._loss_head(loss_fn), lr)
+
+    def fit(self, micro_batches: Sequence[MicroBatch], weights: Sequence[Tensor], lr: float) -> dict[str, float]:
+        """`step` on the loss -sum(weights[i] [K] · log p(target)), which costs a quarter less than any other.
+
+        `weights` are already divided by GLOBAL counts.
+        """
+        return self._take_step(micro_batches, self._cross_entropy_head(weights), lr)
+
+    def _take_step(self, micro_batches: Sequence[MicroBatch], head: _Head, lr: float) -> dict[str, float]:
         micro_batches = self._padded(micro_batches)
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._schedule(micro_batches, self._loss_closures(loss_fn), forward_only=False)
+        losses = self._schedule(micro_batches, head, forward_only=False)
         own = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         if losses:
             own = torch.stack(losses).double().sum()
@@ -172,16 +184,30 @@ class Trainer:
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
-    def _loss_closures(self, loss_fn: LossFn) -> Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def _loss_head(self, loss_fn: LossFn) -> _Head:
         logprob = self._logprob(self.loss_precision)
 
-        def loss(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def head(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logprobs = logprob(hidden, batch.rows, batch.targets)
-            value = loss_fn(index, logprobs) if logprobs.numel() else logprobs.sum()
-            no_count = torch.zeros((), dtype=torch.int, device=value.device)
-            return value, no_count, value.detach().clone()
+            return _as_result(loss_fn(index, logprobs) if logprobs.numel() else logprobs.sum())
 
-        return loss
+        return head
+
+    def _cross_entropy_head(self, weights: Sequence[Tensor]) -> _Head:
+        def head(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nothing = torch.zeros(0, device=hidden.device)
+            loss = linear_cross_entropy(
+                _select(hidden, batch.rows),
+                self.model.module.head_weight(),
+                batch.targets,
+                weights[index].to(hidden.device) if len(batch.rows) else nothing,
+                tp_group=self.layout.tp_group,
+                vocab_size=self.model.vocab_size,
+                precision=self.loss_precision,
+            )
+            return _as_result(loss)
+
+        return head
 
     def _forward(
         self, micro_batches: Sequence[MicroBatch], head: Callable[[MicroBatch, Tensor], Tensor]
@@ -200,7 +226,7 @@ class Trainer:
     def _schedule(
         self,
         micro_batches: Sequence[MicroBatch],
-        head: Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]],
+        head: _Head,
         *,
         forward_only: bool,
     ) -> list[Tensor]:
@@ -264,6 +290,10 @@ class Trainer:
         nothing = torch.zeros(0, dtype=torch.int64)
         empty = MicroBatch(torch.zeros(1, 1, dtype=torch.int64), nothing, nothing)
         return [*micro_batches, *[empty] * (most - len(micro_batches))]
+
+
+def _as_result(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()
 
 
 def _select(hidden: Tensor, rows: Tensor) -> Tensor:

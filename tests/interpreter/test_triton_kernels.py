@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ra3.kernels import fp8, linear_logprob, triton_backend
+from megatron_ra3.kernels import fp8, linear_cross_entropy, linear_logprob, reference, triton_backend
 from megatron_ra3.kernels.backends import take_fallbacks
 from megatron_ra3.kernels.triton_backend import Tiles
 
@@ -146,6 +146,29 @@ def test_gradients_equal_float64_within_rounding(precision, with_entropy):
         # Of so small a vocabulary one column is rescored; the rest leaves its rounding in the normaliser.
         assert (mine.double() - right).norm() < (1e-2 if precision == "bf16" else 5e-2) * right.norm()
     assert not x.grad[4].any()
+
+
+@pytest.mark.parametrize("block_rows", [8, 64])
+@pytest.mark.parametrize("vocab", [5, 330])
+def test_loss_and_gradients_taken_on_the_way_equal_float64_within_rounding(monkeypatch, vocab, block_rows):
+    x, w, targets = problem(21, vocab, 48)
+    monkeypatch.setattr(reference, "MAX_CHUNK_ELEMENTS", block_rows * (vocab + 6))
+    monkeypatch.setattr(triton_backend, "ROW_BLOCK", 128)
+    padded = torch.cat([w, torch.full((6, 48), torch.nan, dtype=torch.bfloat16)]).requires_grad_()
+    token_weights = torch.rand(21, generator=torch.Generator().manual_seed(1))
+    token_weights[4] = 0.0
+    x = x.requires_grad_()
+    found = linear_cross_entropy(x, padded, targets, token_weights, vocab_size=vocab, precision="bf16", temperature=1.3)
+    (2.0 * found).backward()
+    a, b = (item.detach().double().requires_grad_() for item in (x, w))
+    true = (a @ b.T / 1.3).log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
+    loss = -(token_weights * true).sum()
+    (2.0 * loss).backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for mine, right in ((x.grad, a.grad), (padded.grad[:vocab], b.grad)):
+        assert (mine.double() - right).norm() < 5e-3 * right.norm()
+    assert not x.grad[4].any()
+    assert not padded.grad[vocab:].any()
 
 
 def test_ignored_rows_have_no_log_prob_and_no_gradient():
