@@ -75,14 +75,15 @@ def assemble(config: RunConfig) -> Assembly:
             model,
             _optimizer(config, model),
             layout,
-            reward_precision=_precision(config, config.model.reward_precision),
-            loss_precision=_precision(config, config.model.loss_precision),
+            reward_precision=precision_of(config, config.model.reward_precision),
+            loss_precision=precision_of(config, config.model.loss_precision),
         ),
         initial_folder=initial_folder,
     )
 
 
-def _precision(config: RunConfig, given: Precision | Literal["auto"]) -> Precision:
+def precision_of(config: RunConfig, given: Precision | Literal["auto"]) -> Precision:
+    """A precision of the output layer as set, `auto` resolved."""
     return config.model.dtype if given == "auto" else given
 
 

@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
+    from megatron_ra3.doctor import add_doctor_arguments, run_doctor
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
@@ -65,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
     report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels a run would use on it")
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=run_doctor)
 
     bench = commands.add_parser("bench", help="measure a part of the system on this machine")
     benches = bench.add_subparsers(dest="bench", required=True)

@@ -15,7 +15,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: the tests of a file share fixtures and stay together; real servers start one at a time."""
+    """For `--dist loadgroup`: a file's tests share fixtures and stay together; real servers start one by one."""
     for item in items:
         serves = any(item.get_closest_marker(name) for name in ("vllm", "slurm"))
         item.add_marker(pytest.mark.xdist_group("servers" if serves else item.path.name))
