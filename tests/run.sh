@@ -26,7 +26,17 @@ failed=()
 ruff check . || failed+=("ruff check")
 ruff format --check . || failed+=("ruff format")
 mypy || failed+=(mypy)
-python -m pytest --numprocesses 2 --dist loadgroup "$@" || failed+=(pytest)
+if (($#)); then
+    python -m pytest "$@" || failed+=(pytest)
+else
+    # Tests that start real servers mostly wait, so the others run beside them.
+    servers=$(mktemp)
+    python -m pytest -m "not gpu and (vllm or slurm)" >"$servers" 2>&1 &
+    python -m pytest -m "not gpu and not vllm and not slurm" || failed+=(pytest)
+    wait $! || failed+=("pytest with servers")
+    cat "$servers"
+    rm "$servers"
+fi
 if ((${#failed[@]})); then
     printf 'run.sh: failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
     exit 1

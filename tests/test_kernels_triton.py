@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_ra3.kernels import triton_backend, triton_kernels  # noqa: E402
-from megatron_ra3.kernels.triton_backend import TUNING, Tiles  # noqa: E402
+from megatron_ra3.kernels.tuning import CANDIDATES, Tiles  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -69,17 +69,20 @@ def _check(compiled, tmp_path: Path, *, columns: int) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
 
 
-@pytest.mark.parametrize(
-    ("precision", "with_entropy", "splits"),
-    [
-        *(("bf16", entropy, 4) for entropy in (False, True)),
-        *(("fp8", entropy, 4) for entropy in (False, True)),
-        *(("fp8_rescored", entropy, splits) for entropy in (False, True) for splits in (1, 4, 12)),
-    ],
-)
-def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, precision, with_entropy, splits):
+def _cases() -> list[tuple[str, bool, int, Tiles]]:
+    """All launches with the shipped tiles, which are the first candidates, and one of every other candidate."""
+    cases = [("bf16", entropy, 4, CANDIDATES["bf16"][0]) for entropy in (False, True)]
+    cases += [("fp8", entropy, 4, CANDIDATES["fp8"][0]) for entropy in (False, True)]
+    cases += [
+        ("fp8_rescored", entropy, splits, CANDIDATES["fp8"][0]) for entropy in (False, True) for splits in (1, 4, 12)
+    ]
+    cases += [("bf16", False, 4, tiles) for tiles in CANDIDATES["bf16"][1:]]
+    return cases + [("fp8_rescored", False, 4, tiles) for tiles in CANDIDATES["fp8"][1:]]
+
+
+@pytest.mark.parametrize(("precision", "with_entropy", "splits", "tiles"), _cases())
+def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, precision, with_entropy, splits, tiles):
     quantized = precision != "bf16"
-    tiles = TUNING.fp8 if quantized else TUNING.bf16
     types = {
         **_descriptors("fp8e4nv" if quantized else "bf16", tiles),
         **dict.fromkeys(("row_scale", "tile_scale"), "*fp32" if quantized else "*bf16"),
@@ -101,9 +104,14 @@ def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, p
     _check(compiled, tmp_path, columns=tiles.columns)
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_gradient_for_hopper_spills_nothing(tmp_path, with_entropy):
-    tiles = TUNING.gradient_with_entropy if with_entropy else TUNING.gradient
+@pytest.mark.parametrize(
+    ("with_entropy", "tiles"),
+    [
+        *((False, tiles) for tiles in CANDIDATES["gradient"]),
+        *((True, tiles) for tiles in CANDIDATES["gradient_with_entropy"]),
+    ],
+)
+def test_gradient_for_hopper_spills_nothing(tmp_path, with_entropy, tiles):
     types = {
         **_descriptors("bf16", tiles),
         **dict.fromkeys(("lse", "entropy", "grad_logprob", "grad_entropy"), "*fp32"),

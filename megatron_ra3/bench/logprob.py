@@ -336,6 +336,20 @@ def _liger(given: Inputs) -> Any:
     return -(loss[0] if isinstance(loss, tuple) else loss)
 
 
+def _liger_scaled(given: Inputs) -> Any:
+    """Liger-Kernel's per-token likelihood: its CuTe kernels on Hopper if installed, else torch in chunks."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(given.hidden, given.weight, given.targets)
+
+
+def _verl(given: Inputs) -> Any:
+    """The Triton kernels of verl, which compute the entropy too."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(given.hidden, given.weight, given.targets, 1.0, "none")[0]
+
+
 def _cut_cross_entropy(given: Inputs) -> Any:
     """Apple's cut cross-entropy."""
     from cut_cross_entropy import linear_cross_entropy
@@ -355,11 +369,13 @@ PROVIDERS: dict[str, Callable[[Inputs], Any]] = {
     "torch.compile": _compiled,
     "torch._scaled_mm": _scaled_mm,
     "liger": _liger,
+    "liger scaled": _liger_scaled,
+    "verl": _verl,
     "cut-cross-entropy": _cut_cross_entropy,
 }
 NO_GRADIENT = ("ours fp8", "torch._scaled_mm")
 FP8 = ("ours fp8", "ours fp8_rescored", "torch._scaled_mm")
-BF16_PEERS = ("torch eager", "torch chunked", "torch.compile", "liger", "cut-cross-entropy")
+BF16_PEERS = ("torch eager", "torch chunked", "torch.compile", "liger", "liger scaled", "verl", "cut-cross-entropy")
 
 
 # --- measuring
@@ -390,7 +406,13 @@ def _runnable(
             with torch.set_grad_enabled(isinstance(run, functools.partial)):
                 run(given)
             found[name] = run
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: also out of memory
+        except (
+            AssertionError,
+            ImportError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # RuntimeError: also out of memory
             skipped[name + what] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return found
 

@@ -7,7 +7,6 @@ the interpreter is wrong about bf16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from megatron_ra3.kernels.triton_kernels import (
     projections_kernel,
     row_sums_kernel,
 )
+from megatron_ra3.kernels.tuning import Tiles, tuning
 
 if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
@@ -41,47 +41,17 @@ ROW_BLOCK = 4096
 """Columns that a pass over rows of logits holds at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """One way to cut the work: rows x columns x hidden of a tile, warps and pipeline stages of a program."""
-
-    rows: int
-    columns: int
-    hidden: int
-    warps: int
-    stages: int
-
-    def blocks(self) -> dict[str, int]:
-        """As the kernels name them."""
-        return {"BLOCK_ROWS": self.rows, "BLOCK_COLUMNS": self.columns, "BLOCK_HIDDEN": self.hidden}
-
-
-@dataclass(slots=True)
-class Tuning:
-    """The tiles in use. In FP8 `fp8.TILE` columns wide: a scale, and a column's place in a logit, are per tile."""
-
-    bf16: Tiles = Tiles(128, 256, 64, warps=8, stages=4)
-    fp8: Tiles = Tiles(128, fp8.TILE, 128, warps=8, stages=4)
-    gradient: Tiles = Tiles(128, 256, 64, warps=8, stages=3)
-    gradient_with_entropy: Tiles = Tiles(128, 128, 64, warps=8, stages=4)
-    gradient_columns: int = 8192
-    """Columns of the gradient of the logits that are alive at a time."""
-
-
-TUNING = Tuning()
-
-
 class TritonBackend:
     """`reference` and `fp8` with the sums done by `triton_kernels`."""
 
     def forward(self, problem: Problem, precision: Precision, cache: HeadCache | None) -> Tensor:
         """Partials [4, N] of this shard."""
         if precision == "bf16":
-            found, _ = _sums(problem, problem.hidden, problem.weight, TUNING.bf16, rescored=False)
+            found, _ = _sums(problem, problem.hidden, problem.weight, tuning().bf16, rescored=False)
             return _with_targets(problem, found, _target_products(problem, problem.hidden, problem.weight))
         head = quantized_head(problem, cache)
         hidden, weight = fp8.quantize_hidden(problem.hidden, head, projections), head.weight
-        found, maxima = _sums(problem, hidden, weight, TUNING.fp8, rescored=precision == "fp8_rescored")
+        found, maxima = _sums(problem, hidden, weight, tuning().fp8, rescored=precision == "fp8_rescored")
         if maxima is not None:
             return fp8.rescore(problem, found, maxima, gather_dot)
         scales = hidden.scales * weight.scales[problem.local_targets // fp8.TILE]
@@ -93,7 +63,7 @@ class TritonBackend:
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_weight = torch.empty_like(weight, dtype=problem.weight_dtype)
         lse = (norm.row_max + norm.log_sum) * LOG2_E
-        for columns in reference.blocks(len(weight), TUNING.gradient_columns):
+        for columns in reference.blocks(len(weight), tuning().gradient_columns):
             grad_logits = _gradient(problem, columns, lse, entropy, grads)
             grad_hidden += _product(grad_logits, weight[columns])
             grad_weight[columns] = _product(grad_logits.T, hidden, problem.weight_dtype)
@@ -217,7 +187,7 @@ def segment_tiles(vocab: int, tiles: Tiles) -> int:
 
 def _gradient(problem: Problem, columns: slice, lse: Tensor, entropy: Tensor, grads: Gradients) -> Tensor:
     """Gradient of the logits of some columns, [N, columns]."""
-    tiles = TUNING.gradient if grads.entropy is None else TUNING.gradient_with_entropy
+    tiles = tuning().gradient if grads.entropy is None else tuning().gradient_with_entropy
     rows, width = len(problem.hidden), columns.stop - columns.start
     out = torch.empty(rows, width, dtype=_gradient_dtype(problem.hidden), device=problem.hidden.device)
     upstream = grads.logprob.float().contiguous()

@@ -10,24 +10,23 @@ from torch import Tensor
 
 from megatron_ra3.kernels import fp8, linear_cross_entropy, linear_logprob, reference, triton_backend
 from megatron_ra3.kernels.backends import take_fallbacks
-from megatron_ra3.kernels.triton_backend import Tiles
+from megatron_ra3.kernels.tuning import Tiles, Tuning, use
 
-SMALL = {
-    "bf16": Tiles(16, 64, 32, 4, 1),
-    "fp8": Tiles(16, fp8.TILE, 32, 4, 1),
-    "gradient": Tiles(16, 64, 32, 4, 1),
-    "gradient_with_entropy": Tiles(16, 64, 32, 4, 1),
-}
+SMALL = Tuning(
+    bf16=Tiles(16, 64, 32, 4, 1),
+    fp8=Tiles(16, fp8.TILE, 32, 4, 1),
+    gradient=Tiles(16, 64, 32, 4, 1),
+    gradient_with_entropy=Tiles(16, 64, 32, 4, 1),
+    gradient_columns=128,
+)
 PRECISIONS = ("bf16", "fp8", "fp8_rescored")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    for name, tiles in SMALL.items():
-        monkeypatch.setattr(triton_backend.TUNING, name, tiles)
-    monkeypatch.setattr(triton_backend.TUNING, "gradient_columns", 128)
+def small_tiles():
     take_fallbacks()
-    yield
+    with use(SMALL):
+        yield
     assert not take_fallbacks()
 
 
