@@ -31,11 +31,11 @@ if (($#)); then
 else
     # Tests that start real servers mostly wait, so the others run beside them.
     servers=$(mktemp)
+    trap 'kill $(jobs -p) 2>/dev/null; rm -f "$servers"' EXIT
     python -m pytest -m "not gpu and (vllm or slurm)" >"$servers" 2>&1 &
     python -m pytest -m "not gpu and not vllm and not slurm" || failed+=(pytest)
     wait $! || failed+=("pytest with servers")
     cat "$servers"
-    rm "$servers"
 fi
 if ((${#failed[@]})); then
     printf 'run.sh: failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
