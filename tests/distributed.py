@@ -18,6 +18,10 @@ import torch
 from torch.distributed import TCPStore
 
 
+PRELOADED = ["megatron.core.optimizer", "megatron.core.pipeline_parallel", "tests.tiny_model", "transformers"]
+"""Imported once, in the process that ranks are forked from: imports would take most of a test's time."""
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Call `fn(*args)` in `world_size` fresh processes with torchrun's environment; return each rank's result.
 
@@ -25,7 +29,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError when a rank is not done in time.
     No process outlives the call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     # The parent owns the rendezvous, as torchrun does: a port found free here could be taken before rank 0 listens.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((fn, args))

@@ -28,7 +28,7 @@ def _midtrain(folder: Path, corpus: Path, *overrides: str) -> subprocess.Complet
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
     command += [f"--master-port={20000 + os.getpid() % 10000}", "-m", "megatron_ra3", "midtrain", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
 
 
 def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpus, tmp_path):

@@ -28,7 +28,7 @@ def test_quickstart_ends_in_a_table_of_what_was_measured(tmp_path):
         env=os.environ | {"RA3_QUICKSTART": str(tmp_path / "out"), "RA3_BASE_STEPS": "3"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -275,7 +275,7 @@ def numbers(row: dict) -> dict:
 def test_the_command_writes_plots_and_the_data_behind_them(tmp_path):
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(tmp_path / "out"), "--scale", "0.03", "--seed", "3"]
     command += ["--results", str(tmp_path / "kept" / "theory.json"), "--figures", str(tmp_path / "figures")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results == json.loads((tmp_path / "kept" / "theory.json").read_text())

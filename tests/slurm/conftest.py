@@ -45,7 +45,7 @@ ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 KillWait=2
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=5 State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=15 State=UP
 """
 
 

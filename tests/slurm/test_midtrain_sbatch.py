@@ -61,7 +61,7 @@ def job(slurm, tmp_path):
         )  # fmt: skip
         assert submitted.returncode == 0, submitted.stderr
         job_id = int(submitted.stdout)
-        code = slurm.exit_code(job_id, timeout_s=40)
+        code = slurm.exit_code(job_id, timeout_s=150)
         logs = {log.name: log.read_text() for log in (tmp_path / "logs" / f"ra3-midtrain-{job_id}").glob("*")}
         tasks = {
             task.name: dict(line.split("=", 1) for line in task.read_text().splitlines()) for task in seen.iterdir()

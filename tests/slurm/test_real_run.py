@@ -25,7 +25,7 @@ def test_sbatch_trains_on_one_node_and_samples_on_another(slurm, small_corpus, t
         OMP_NUM_THREADS="1",
     )  # fmt: skip
     job_id = int(submitted.stdout)
-    code = slurm.exit_code(job_id, timeout_s=240)
+    code = slurm.exit_code(job_id, timeout_s=600)
     logs = tmp_path / "logs" / f"ra3-midtrain-{job_id}"
     said = {path.name: path.read_text() for path in logs.glob("*.log")}
     assert code == 0, said
