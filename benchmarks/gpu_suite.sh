@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one command; writes <date>-<gpu>.{json,log} into RA3_RESULTS (default:
 # benchmarks/results).
-# Needs an interpreter with a CUDA torch, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
-# Correctness of the likelihood kernels at full size, the fastest tiles for each shape, then their speed and memory beside
-# their peers: those of liger-kernel, verl and cut-cross-entropy that are installed take part, Liger's Hopper kernels with
+# Needs an interpreter with a CUDA torch 2.13, pytest, numpy, pyyaml and tqdm: PYTHON (default: .venv/bin/python, else python3).
+# The fastest tiles for the likelihood kernels, their correctness at full size, then their speed and memory beside their
+# peers: those of liger-kernel, verl and cut-cross-entropy that are installed take part, Liger's Hopper kernels with
 # nvidia-cutlass-dsl. Nothing here has been run on a GPU yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,12 +17,11 @@ results=${RA3_RESULTS:-benchmarks/results}
 mkdir -p "$results"
 export RA3_TUNING="$results/$name-tuning.json"
 status=0
-"$python" -m pytest -m gpu tests/test_kernels_gpu.py --junitxml="$results/$name.xml" 2>&1 | tee "$results/$name.log" || status=$?
+"$python" -m megatron_ra3 bench tune --rows 16384 2>&1 | tee "$results/$name.log" || status=1
+"$python" -m pytest -m gpu tests/test_kernels_gpu.py --junitxml="$results/$name.xml" 2>&1 | tee -a "$results/$name.log" || status=$?
 for shape in "8192 2048 151936" "8192 4096 128256" "16384 4096 151936"; do
     read -r rows hidden vocab <<<"$shape"
-    sizes=(--rows "$rows" --hidden "$hidden" --vocab "$vocab")
-    "$python" -m megatron_ra3 bench tune "${sizes[@]}" 2>&1 | tee -a "$results/$name.log" || status=1
-    "$python" -m megatron_ra3 bench logprob "${sizes[@]}" --repeats 20 \
+    "$python" -m megatron_ra3 bench logprob --rows "$rows" --hidden "$hidden" --vocab "$vocab" --repeats 20 \
         --out "$results/$name-$rows-$hidden-$vocab.json" 2>&1 | tee -a "$results/$name.log" | sed '$d' || status=1
 done
 "$python" - "$results/$name" <<'PY'

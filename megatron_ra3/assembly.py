@@ -14,6 +14,7 @@ import torch
 from megatron_ra3.config import RunConfig
 from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_ra3.kernels import Precision
+from megatron_ra3.kernels.tuning import tuning
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import RA3Model, build_model, check_config
@@ -45,8 +46,10 @@ class Assembly:
 def assemble(config: RunConfig) -> Assembly:
     """Join the process group and build the model; collective over all ranks.
 
-    ValueError, OSError: a setting that does not fit the model, the tokenizer or the number of ranks.
+    ValueError, OSError: a setting that does not fit the model, the tokenizer or the number of ranks, or a broken table
+    of kernel tiles.
     """
+    tuning()
     layout = parallel.initialize(
         config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
     )

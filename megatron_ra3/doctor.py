@@ -67,8 +67,11 @@ def kernels(config: RunConfig | None = None) -> Iterator[Finding]:
 
     from megatron_ra3.assembly import precision_of
     from megatron_ra3.kernels import Precision, backends
-    from megatron_ra3.kernels.problem import Problem
+    from megatron_ra3.kernels.problem import Options
+    from megatron_ra3.kernels.tuning import table_path, tuning
 
+    tuning()
+    yield Finding("kernels", "tiles", f"{table_path()}" if table_path().is_file() else "as shipped")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = _hidden_size(config) if config else DEFAULT_WIDTH
     hidden, target = torch.zeros(1, width, device=device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -77,7 +80,7 @@ def kernels(config: RunConfig | None = None) -> Iterator[Finding]:
         uses.setdefault(precision_of(config, config.model.reward_precision), []).append("rewards")
         uses.setdefault(precision_of(config, config.model.loss_precision), []).append("losses and all else")
     for precision in get_args(Precision):
-        problem = Problem.of(hidden, hidden, target, None, vocab_size=1, temperature=1.0, precision=precision)
+        problem = Options(None, 1, 1.0, precision).problem(hidden, hidden, target)
         reason = None if precision == "fp32" else backends.refusal(problem, precision)
         backend = "torch, exact" if precision == "fp32" else f"torch: {reason}" if reason else "Triton"
         wanted = uses.get(precision, [])

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-
 PRELOADED = ["megatron.core.optimizer", "megatron.core.pipeline_parallel", "tests.tiny_model", "transformers"]
 """Imported once, in the process that ranks are forked from: imports would take most of a test's time."""
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Call `fn(*args)` in `world_size` fresh processes with torchrun's environment; return each rank's result.
+    """Call `fn(*args)` in `world_size` processes of their own with torchrun's environment; return each rank's result.
 
     `fn` must be a module-level function; results must be picklable. `fn` initialises torch.distributed itself.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError when a rank is not done in time.
@@ -34,11 +33,12 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     # The parent owns the rendezvous, as torchrun does: a port found free here could be taken before rank 0 listens.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((fn, args))
+    environment = dict(os.environ)  # a fork server keeps that of its own start
     readers: list[Connection] = []
     processes = []
     for rank in range(world_size):
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(rank, world_size, store.port, payload, writer))
+        process = context.Process(target=_child, args=(rank, world_size, store.port, payload, environment, writer))
         process.start()
         writer.close()
         readers.append(reader)
@@ -81,8 +81,12 @@ def _kill_group(pid: int | None) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _child(rank: int, world_size: int, port: int, payload: bytes, writer: Connection) -> None:
+def _child(
+    rank: int, world_size: int, port: int, payload: bytes, environment: dict[str, str], writer: Connection
+) -> None:
     os.setpgid(0, 0)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -31,7 +31,7 @@ if (($#)); then
 else
     # Tests that start real servers mostly wait, so the others run beside them.
     servers=$(mktemp)
-    trap 'kill $(jobs -p) 2>/dev/null; rm -f "$servers"' EXIT
+    trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$servers"' EXIT
     python -m pytest -m "not gpu and (vllm or slurm)" >"$servers" 2>&1 &
     python -m pytest -m "not gpu and not vllm and not slurm" || failed+=(pytest)
     wait $! || failed+=("pytest with servers")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ra3.kernels import linear_cross_entropy, linear_logprob, reference
+from megatron_ra3.kernels import HeadCache, linear_cross_entropy, linear_logprob, reference
 from tests.distributed import run_ranks
 
 VOCABULARY, PADDED, HIDDEN = 50, 54, 24
@@ -48,13 +48,33 @@ def test_loss_and_gradients_are_those_of_autograd(monkeypatch, chunk_elements, t
     assert (found[2][VOCABULARY:] == 0.0).all()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_rescored"])
-def test_rounded_operands(precision):
-    given, options = case(dtype=torch.float32), {"vocab_size": VOCABULARY, "precision": precision}
+def test_rounded_operands():
+    given, options = case(dtype=torch.float32), {"vocab_size": VOCABULARY, "precision": "bf16"}
     found = learnt(linear_cross_entropy, *given, **options)
     assert found[1].dtype == found[2].dtype == torch.float32
-    for mine, right in zip(found, learnt(by_autograd, *given, **options), strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+    exact = (given[0].bfloat16().double(), given[1].bfloat16().double(), *given[2:])
+    for mine, right in zip(found, learnt(by_autograd, *exact, vocab_size=VOCABULARY), strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_an_fp8_head_is_quantised_once_for_a_pass():
+    hidden, weight, targets, token_weights = case(dtype=torch.float32)
+    options = {"vocab_size": VOCABULARY, "precision": "fp8_rescored", "cache": HeadCache()}
+    before = linear_cross_entropy(hidden, weight, targets, token_weights, **options)
+    weight[:VOCABULARY] *= 0.9
+    kept = linear_cross_entropy(hidden, weight, targets, token_weights, **options)
+    anew = linear_cross_entropy(hidden, weight, targets, token_weights, **options | {"cache": HeadCache()})
+    assert len({before.item(), kept.item(), anew.item()}) == 3  # rescored with the new weights, summed with the old
+
+
+def test_it_is_differentiable_once_and_its_weights_are_constants():
+    hidden, weight, targets, token_weights = case()
+    hidden, token_weights = hidden.requires_grad_(), token_weights.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, token_weights, vocab_size=VOCABULARY)
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()
+    assert token_weights.grad is None
 
 
 def test_gradient_of_a_nearly_certain_token():

@@ -105,3 +105,20 @@ def test_loss_and_gradients_taken_on_the_way_are_those_of_autograd(case, rows):
         found.append([loss.detach(), *(item.grad for item in inputs)])
     for mine, expected in zip(*found, strict=True):
         assert (mine.double() - expected.double()).norm() < 5e-3 * expected.double().norm()
+
+
+def test_a_loss_holds_one_block_of_logits_beside_its_gradients(case):
+    hidden, weight, targets = (item.detach().clone() for item in case)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    ones = torch.ones(ROWS, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = linear_cross_entropy(*inputs, targets, ones, vocab_size=VOCABULARY, precision="bf16")
+        peak = torch.cuda.max_memory_allocated() - before
+        loss.backward()
+        hidden.grad = weight.grad = None
+    block = 6 * 2**29
+    gradients = 6 * weight.numel() + 8 * hidden.numel()
+    assert peak < block + gradients + 64 * 2**20

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from triton.runtime.errors import OutOfResources
 
 from megatron_ra3.bench.tune import search
 from megatron_ra3.cli import main
@@ -16,7 +17,7 @@ def test_the_fastest_candidate_of_every_kernel_is_kept():
     def milliseconds(kernel: str, choice: Tuning) -> float:
         tiles = getattr(choice, kernel)
         if tiles == CANDIDATES[kernel][1]:
-            raise RuntimeError("out of shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         return 2.0 if tiles == slow[kernel] else 1.0 + tiles.stages / 100
 
     found = search(milliseconds)
@@ -40,6 +41,8 @@ def test_a_table_holds_several_gpus_and_only_theirs(tmp_path):
         ({"bf17": 1}, "unknown fields bf17"),
         ({"bf16": {"rows": 1}}, "missing 4 required"),
         ({"fp8": {"rows": 128, "columns": 128, "hidden": 128, "warps": 8, "stages": 3}}, "must be 256 columns wide"),
+        ({"bf16": 5}, "must be a mapping"),
+        ({"gradient_columns": -1}, "positive integer"),
         ([], "delete it"),
     ],
 )

@@ -39,6 +39,8 @@ def search(milliseconds: Callable[[str, Any], float]) -> dict[str, Any]:
     Args:
         milliseconds: of a kernel, by its name in `Tuning`, with all tiles as a `Tuning` has them.
     """
+    from triton.errors import TritonError
+
     from megatron_ra3.kernels.tuning import CANDIDATES, Tuning
 
     best, times = Tuning(), {}
@@ -48,7 +50,7 @@ def search(milliseconds: Callable[[str, Any], float]) -> dict[str, Any]:
             choice: dict[str, Any] = {kernel: tiles}
             try:
                 found[tiles] = milliseconds(kernel, replace(best, **choice))
-            except RuntimeError as error:  # out of shared memory, or the compiler gave up
+            except (RuntimeError, TritonError) as error:  # out of memory, or the compiler gave up
                 print(f"{kernel} {tiles}: {error}")
         if found:
             choice = {kernel: min(found, key=found.__getitem__)}
@@ -58,7 +60,7 @@ def search(milliseconds: Callable[[str, Any], float]) -> dict[str, Any]:
 
 
 def _milliseconds(bench: LogprobBench) -> Callable[[str, Any], float]:
-    """Median time of a kernel's own call on random operands."""
+    """Median time of a call that uses the kernel on random operands; those of gradients run forward too."""
     import torch
     from triton.testing import do_bench
 
@@ -87,6 +89,7 @@ def _milliseconds(bench: LogprobBench) -> Callable[[str, Any], float]:
 
     def measured(kernel: str, choice: Any) -> float:
         with use(choice):
-            return float(do_bench(calls[kernel], return_mode="median"))
+            gradients = [leaves.hidden, leaves.weight]
+            return float(do_bench(calls[kernel], return_mode="median", grad_to_none=gradients))
 
     return measured

@@ -6,7 +6,7 @@ logits cost N·V floats (5 GB for 8k tokens of Qwen) and, cast to bf16, 0.01 nat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from megatron_ra3.kernels import backends, partials
 from megatron_ra3.kernels.fp8 import HeadCache
 from megatron_ra3.kernels.problem import (
     Gradients,
+    Options,
     Precision,
-    Problem,
     checked_vocab_size,
     whole_weight_gradient,
 )
@@ -68,7 +68,7 @@ def linear_logprob(
         raise ValueError(
             "precision=fp8 has no gradient: its normaliser is too rough; set fp8_rescored or bf16 for losses"
         )
-    options = _Options(tp_group, vocab_size, temperature, precision, with_entropy, cache)
+    options = Options(tp_group, vocab_size, temperature, precision, with_entropy, cache)
     if ignore_index is None:
         logprob, entropy = _LinearLogprob.apply(hidden, weight, targets, options)
     else:
@@ -78,21 +78,12 @@ def linear_logprob(
     return (logprob, entropy) if with_entropy else logprob
 
 
-class _Options(NamedTuple):
-    tp_group: ProcessGroup | None
-    vocab_size: int
-    temperature: float
-    precision: Precision
-    with_entropy: bool
-    cache: HeadCache | None
-
-
 class _LinearLogprob(torch.autograd.Function):
     """Forward keeps a few numbers per row; backward computes the logits again, block by block."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-        problem = _problem(hidden, weight, targets, options)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        problem = options.problem(hidden, weight, targets)
         backend = backends.choose(problem, options.precision)
         local = backend.forward(problem, options.precision, options.cache)
         logprob, entropy, norm = partials.merge(local, options.tp_group)
@@ -101,31 +92,15 @@ class _LinearLogprob(torch.autograd.Function):
         if not options.with_entropy:
             entropy = torch.zeros_like(entropy)
             ctx.mark_non_differentiable(entropy)
-        if targets.is_cuda:
-            logprob = torch.where((targets >= 0) & (targets < options.vocab_size), logprob, torch.nan)
-        return logprob, entropy
+        return options.checked(logprob, targets), entropy
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy, row_max, log_sum = ctx.saved_tensors
-        problem = _problem(hidden, weight, targets, ctx.options)
+        problem = ctx.options.problem(hidden, weight, targets)
         norm = partials.Normaliser(row_max, log_sum)
         grads = Gradients(upstream[0], upstream[1] if ctx.options.with_entropy else None)
         grad_hidden, grad_weight = ctx.backend.backward(problem, norm, entropy, grads)
-        group = ctx.options.tp_group
-        if group is not None and group.size() > 1:
-            torch.distributed.all_reduce(grad_hidden, group=group)
-        return grad_hidden.to(hidden.dtype), whole_weight_gradient(grad_weight, weight), None, None
-
-
-def _problem(hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> Problem:
-    return Problem.of(
-        hidden,
-        weight,
-        targets,
-        options.tp_group,
-        vocab_size=options.vocab_size,
-        temperature=options.temperature,
-        precision=options.precision,
-        with_entropy=options.with_entropy,
-    )
+        ctx.options.sum_over_shards(grad_hidden)
+        grad_weight = whole_weight_gradient(grad_weight, len(weight), weight.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None

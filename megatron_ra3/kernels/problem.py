@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from megatron_ra3.kernels.fp8 import HeadCache
 
 Precision = Literal["fp32", "bf16", "fp8", "fp8_rescored"]
 
@@ -29,29 +32,46 @@ class Problem:
     weight_dtype: torch.dtype
     """What `weight` was before it was rounded, and its gradient should be."""
 
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        tp_group: ProcessGroup | None,
-        *,
-        vocab_size: int,
-        temperature: float,
-        precision: Precision,
-        with_entropy: bool = False,
-    ) -> Problem:
+
+class Options(NamedTuple):
+    """What a call asks for beside its tensors; see `linear_logprob`."""
+
+    tp_group: ProcessGroup | None
+    vocab_size: int
+    temperature: float
+    precision: Precision
+    with_entropy: bool = False
+    cache: HeadCache | None = None
+
+    def problem(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Problem:
         """Round the operands, drop padded rows of `weight` [V_padded/tp, H], number the targets from its first row."""
         weight_dtype = weight.dtype
-        if precision != "fp32":
+        if self.precision != "fp32":
             hidden, weight = hidden.bfloat16(), weight.bfloat16()
-        first = weight.shape[0] * (tp_group.rank() if tp_group is not None else 0)
-        real = min(max(vocab_size - first, 0), weight.shape[0])
+        first = weight.shape[0] * (self.tp_group.rank() if self.tp_group is not None else 0)
+        real = min(max(self.vocab_size - first, 0), weight.shape[0])
         local = targets.long() - first
         owned = (local >= 0) & (local < real)
-        local = torch.where(owned, local, 0)
-        return cls(hidden, weight[:real], local, owned, 1.0 / temperature, with_entropy, weight_dtype)
+        return Problem(
+            hidden,
+            weight[:real],
+            torch.where(owned, local, 0),
+            owned,
+            1.0 / self.temperature,
+            self.with_entropy,
+            weight_dtype,
+        )
+
+    def sum_over_shards(self, gradient: Tensor) -> None:
+        """Add up the gradients of hidden states, in place."""
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(gradient, group=self.tp_group)
+
+    def checked(self, logprob: Tensor, targets: Tensor) -> Tensor:
+        """NaN for targets outside the vocabulary on a GPU, where looking beforehand would stall it."""
+        if not targets.is_cuda:
+            return logprob
+        return torch.where((targets >= 0) & (targets < self.vocab_size), logprob, torch.nan)
 
 
 class Gradients(NamedTuple):
@@ -96,6 +116,7 @@ def checked_vocab_size(
     return vocab_size
 
 
-def whole_weight_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the real rows, in the dtype of `weight` [V_padded/tp, H] and with zeros for its padding."""
-    return torch.nn.functional.pad(grad.to(weight.dtype), (0, 0, 0, len(weight) - len(grad)))
+def whole_weight_gradient(grad: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of the real rows in `dtype`, with zeros for padding up to `rows`."""
+    grad = grad.to(dtype)
+    return grad if len(grad) == rows else torch.nn.functional.pad(grad, (0, 0, 0, rows - len(grad)))

@@ -37,7 +37,7 @@ SEGMENTS = 12
 """Parts of the vocabulary with sums of their own: fixed, so that a row's result does not depend on the launch."""
 GROUP_TILES = fp8.GROUP // fp8.TILE
 INTERPRETED_PROGRAMS = 2
-ROW_BLOCK = 4096
+COLUMNS_AT_ONCE = 4096
 """Columns that a pass over rows of logits holds at a time."""
 
 
@@ -79,23 +79,31 @@ class TritonBackend:
         grad_weight = torch.zeros(weight.shape, device=device)
         targets, upstream = torch.where(problem.owned, problem.local_targets, -1), token_weights.float()
         for rows in reference.blocks(len(hidden), block_rows):
-            logits = _product(hidden[rows], weight.T)
-            count, vocab = logits.shape
+            count = rows.stop - rows.start
+            logits = _rows(count, len(weight), torch.float32, device)
+            _multiply(hidden[rows], weight.T, logits)
             local = partials.empty(count, logits)
             row_sums_kernel[(count,)](
-                logits, targets[rows], local, local[partials.TARGET], count, vocab, factor, BLOCK_COLUMNS=ROW_BLOCK
-            )
+                logits, targets[rows], local, local[partials.TARGET],
+                count, len(weight), logits.stride(0), factor, BLOCK_COLUMNS=COLUMNS_AT_ONCE,
+            )  # fmt: skip
             for number in (partials.MAX, partials.TARGET):
                 local[number] /= LOG2_E
             logprob[rows], _, norm = merge(local)
-            grad_logits = torch.empty(logits.shape, dtype=_gradient_dtype(hidden), device=device)
-            cross_entropy_gradient_kernel[(count, triton.cdiv(vocab, ROW_BLOCK))](
+            grad_logits = _rows(count, len(weight), _gradient_dtype(hidden), device)
+            cross_entropy_gradient_kernel[(count, triton.cdiv(len(weight), COLUMNS_AT_ONCE))](
                 logits, targets[rows], (norm.row_max + norm.log_sum) * LOG2_E, upstream[rows].contiguous(), grad_logits,
-                vocab, factor, problem.inverse_temperature, BLOCK_COLUMNS=ROW_BLOCK,
+                len(weight), logits.stride(0), grad_logits.stride(0), factor, problem.inverse_temperature,
+                BLOCK_COLUMNS=COLUMNS_AT_ONCE,
             )  # fmt: skip
             grad_hidden[rows] = _product(grad_logits, weight)
             _add_product(grad_weight, grad_logits.T, hidden[rows])
         return LossGradients(logprob, grad_hidden, grad_weight)
+
+
+def _rows(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [count, width] whose rows all begin at multiples of 32 bytes or more, as fast products want them."""
+    return torch.empty(count, triton.cdiv(width, 16) * 16, dtype=dtype, device=device)[:, :width]
 
 
 def _gradient_dtype(hidden: Tensor) -> torch.dtype:
@@ -108,6 +116,14 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) ->
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
     return (left.float() @ right.float()).to(dtype)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`_product` into `out`, fp32."""
+    if left.is_cuda:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(left.float(), right.float(), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

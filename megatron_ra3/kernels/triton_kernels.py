@@ -137,14 +137,14 @@ def gradient_kernel(
 
 @triton.jit
 def row_sums_kernel(
-    logits, targets, sums, target_logits, rows, vocab, factor, BLOCK_COLUMNS: tl.constexpr
+    logits, targets, sums, target_logits, rows, vocab, stride, factor, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Fill sums [2, rows], maximum and sum of exp2 of logits [rows, vocab] · factor, and target_logits [rows].
 
     One program per row; a target of -1 leaves 0.
     """
     row = tl.program_id(0)
-    start_of_row = logits + row.to(tl.int64) * vocab
+    start_of_row = logits + row.to(tl.int64) * stride
     top = tl.full((BLOCK_COLUMNS,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     for start in range(0, vocab, BLOCK_COLUMNS):
@@ -163,17 +163,19 @@ def row_sums_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits, targets, lse, weights, out, vocab, factor, inverse_temperature, BLOCK_COLUMNS: tl.constexpr
+    logits, targets, lse, weights, out, vocab, stride, out_stride, factor, inverse_temperature,
+    BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Fill out [rows, vocab] with weight (p - 1{target}) / T, p = exp2(logit · factor - lse); a program per block."""
     row, start = tl.program_id(0), tl.program_id(1) * BLOCK_COLUMNS
     column = start + tl.arange(0, BLOCK_COLUMNS)
     inside = column < vocab
-    place = row.to(tl.int64) * vocab + column
-    z = tl.load(logits + place, mask=inside, other=0.0) * factor
+    row_wide = row.to(tl.int64)
+    z = tl.load(logits + row_wide * stride + column, mask=inside, other=0.0) * factor
     likelihood = tl.exp2(z - tl.load(lse + row))
     grad = tl.load(weights + row) * (likelihood - tl.where(column == tl.load(targets + row), 1.0, 0.0))
-    tl.store(out + place, (grad * inverse_temperature).to(out.dtype.element_ty), mask=inside)
+    grad = (grad * inverse_temperature).to(out.dtype.element_ty)
+    tl.store(out + row_wide * out_stride + column, grad, mask=inside)
 
 
 @triton.jit

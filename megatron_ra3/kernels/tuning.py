@@ -34,18 +34,6 @@ class Tiles:
         return {"BLOCK_ROWS": self.rows, "BLOCK_COLUMNS": self.columns, "BLOCK_HIDDEN": self.hidden}
 
 
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """The tiles in use. In FP8 `fp8.TILE` columns wide: a scale, and a column's place in a logit, are per tile."""
-
-    bf16: Tiles = Tiles(128, 256, 64, warps=8, stages=4)
-    fp8: Tiles = Tiles(128, fp8.TILE, 128, warps=8, stages=4)
-    gradient: Tiles = Tiles(128, 256, 64, warps=8, stages=3)
-    gradient_with_entropy: Tiles = Tiles(128, 128, 64, warps=8, stages=4)
-    gradient_columns: int = 8192
-    """Columns of the gradient of the logits that are alive at a time."""
-
-
 CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "bf16": (
         Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 4),
@@ -55,7 +43,19 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "gradient": (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 4)),
     "gradient_with_entropy": (Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 64, 4, 3)),
 }  # fmt: skip
-"""What is tried: ways to cut the work that spill no register on sm_90."""
+"""What is tried, none of which spills a register on sm_90; the first is the shipped choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The tiles in use. In FP8 `fp8.TILE` columns wide: a scale, and a column's place in a logit, are per tile."""
+
+    bf16: Tiles = CANDIDATES["bf16"][0]
+    fp8: Tiles = CANDIDATES["fp8"][0]
+    gradient: Tiles = CANDIDATES["gradient"][0]
+    gradient_with_entropy: Tiles = CANDIDATES["gradient_with_entropy"][0]
+    gradient_columns: int = 8192
+    """Columns of the gradient of the logits that are alive at a time."""
 
 
 _USED: list[Tuning] = []
@@ -72,7 +72,7 @@ def use(choice: Tuning) -> Iterator[None]:
 
 
 def tuning() -> Tuning:
-    """The choice for this machine's first GPU: what `ra3 bench tune` wrote, else the shipped one."""
+    """The choice for the current GPU: what `ra3 bench tune` wrote, else the shipped one; ValueError as `load`."""
     if _USED:
         return _USED[-1]
     return _of(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
@@ -118,8 +118,11 @@ def from_record(record: dict[str, Any]) -> Tuning:
     known = {item.name for item in fields(Tuning)}
     if unknown := sorted(set(record) - known):
         raise ValueError(f"unknown fields {', '.join(unknown)}")
-    tiles = {name: Tiles(**value) if isinstance(value, dict) else int(value) for name, value in record.items()}
-    found = Tuning(**tiles)  # type: ignore[arg-type]
+    tiles: dict[str, Any] = {name: Tiles(**value) if name in CANDIDATES else value for name, value in record.items()}
+    found = Tuning(**tiles)
+    numbers = [*(value for name in CANDIDATES for value in asdict(getattr(found, name)).values())]
+    if any(not isinstance(value, int) or value < 1 for value in [*numbers, found.gradient_columns]):
+        raise ValueError(f"every number must be a positive integer: {record}")
     if found.fp8.columns != fp8.TILE:
         raise ValueError(f"fp8 tiles must be {fp8.TILE} columns wide, not {found.fp8.columns}")
     return found

@@ -90,7 +90,7 @@ def build_optimizer(
 
 
 class Trainer:
-    """Scores and trains one model. All methods are collective over the replica, `step` over all ranks.
+    """Scores and trains one model. All methods are collective over the replica, `step` and `fit` over all ranks.
 
     Every rank of a replica must pass the same micro-batches. `reward_precision` and `loss_precision` are those of the
     output layer's operands (see `kernels.linear_logprob`): the first for `MicroBatch.rewarded` pairs in `score`.
@@ -145,7 +145,7 @@ class Trainer:
         return self._take_step(micro_batches, self._loss_head(loss_fn), lr)
 
     def fit(self, micro_batches: Sequence[MicroBatch], weights: Sequence[Tensor], lr: float) -> dict[str, float]:
-        """`step` on the loss -sum(weights[i] [K] · log p(target)), which costs a quarter less than any other.
+        """`step` on the loss -sum(weights[i] [K] · log p(target)): a quarter fewer products in the output layer.
 
         `weights` are already divided by GLOBAL counts.
         """
@@ -194,6 +194,8 @@ class Trainer:
         return head
 
     def _cross_entropy_head(self, weights: Sequence[Tensor]) -> _Head:
+        cache = HeadCache()
+
         def head(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nothing = torch.zeros(0, device=hidden.device)
             loss = linear_cross_entropy(
@@ -204,6 +206,7 @@ class Trainer:
                 tp_group=self.layout.tp_group,
                 vocab_size=self.model.vocab_size,
                 precision=self.loss_precision,
+                cache=cache,
             )
             return _as_result(loss)
 

@@ -152,7 +152,7 @@ def test_gradients_equal_float64_within_rounding(precision, with_entropy):
 def test_loss_and_gradients_taken_on_the_way_equal_float64_within_rounding(monkeypatch, vocab, block_rows):
     x, w, targets = problem(21, vocab, 48)
     monkeypatch.setattr(reference, "MAX_CHUNK_ELEMENTS", block_rows * (vocab + 6))
-    monkeypatch.setattr(triton_backend, "ROW_BLOCK", 128)
+    monkeypatch.setattr(triton_backend, "COLUMNS_AT_ONCE", 128)
     padded = torch.cat([w, torch.full((6, 48), torch.nan, dtype=torch.bfloat16)]).requires_grad_()
     token_weights = torch.rand(21, generator=torch.Generator().manual_seed(1))
     token_weights[4] = 0.0
