@@ -82,6 +82,11 @@ class Experiment:
     settings: Sequence[str]
 
     @property
+    def seed_list(self) -> str:
+        """For titles."""
+        return ", ".join(map(str, self.seeds))
+
+    @property
     def config(self) -> Path:
         """The YAML file of all its runs."""
         return CONFIGS[self.corpus]

@@ -80,7 +80,7 @@ def main() -> None:
         records += one_seed(shared, seed, given.rounds, steps)
     rows = over_seeds(records, ["round"])
     shared.publish(records, rows, {"round": "round"}, COLUMNS)
-    title = f"EM, {shared.corpus}, {len(shared.seeds)} seeds (95 % intervals)"
+    title = f"EM, {shared.corpus}, seeds {shared.seed_list} (95 % intervals)"
     draw(shared.out / "rounds.png", rows, ROUND_PANELS, x="round", xlabel="EM round (0: base model)", title=title)
     for phase, name, panels in (("estep", "E-step", ESTEP_PANELS), ("mstep", "M-step", MSTEP_PANELS)):
         by_step = over_seeds(steps[phase], ["phase_step"])

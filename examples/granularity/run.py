@@ -79,7 +79,7 @@ def main() -> None:
     records = [one_run(shared, seed, name) for seed in shared.seeds for name in given.granularities]
     rows = over_seeds(records, ["granularity"])
     shared.publish(records, rows, {"granularity": "one action"}, COLUMNS)
-    title = f"Granularity, {shared.corpus}, {len(shared.seeds)} seeds (bars: 95 % intervals)"
+    title = f"Granularity, {shared.corpus}, seeds {shared.seed_list} (bars: 95 % intervals)"
     draw(shared.out / "granularity.png", rows, PANELS, x="granularity", xlabel="one action", title=title)
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         PANELS,
         x="c",
         xlabel="penalty c, nats per rationale",
-        title=f"Penalty sweep, {shared.corpus}, {len(shared.seeds)} seeds (bars: 95 % intervals)",
+        title=f"Penalty sweep, {shared.corpus}, seeds {shared.seed_list} (bars: 95 % intervals)",
         log_x=True,
         reference=next(row for row in rows if row.setting["c"] == NTP),
     )
