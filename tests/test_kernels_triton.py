@@ -146,4 +146,4 @@ def test_passes_over_rows_of_logits_for_hopper(tmp_path):
     for kernel in (triton_kernels.row_sums_kernel, triton_kernels.cross_entropy_gradient_kernel):
         compiled = _compiled(kernel, {"BLOCK_COLUMNS": triton_backend.COLUMNS_AT_ONCE}, types)
         assert _spilled(compiled, tmp_path) == 0
-        assert "ld.global.v4" in compiled.asm["ptx"] or "ld.global.L1" in compiled.asm["ptx"], kernel
+        assert "ld.global.v4" in compiled.asm["ptx"]
