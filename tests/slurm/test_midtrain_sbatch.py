@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "ra3_midtrain.sbatch"
 STAND_IN = """\
 #!/usr/bin/env bash
 command=$3
+trap 'echo "told to stop"; exit 9' USR1
 {
     printf 'pid=%s\\n' $$
     env | grep -E '^((LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|SLURMD_NODENAME|CUDA_VISIBLE_DEVICES|MARK)='
@@ -28,8 +29,8 @@ echo "$command $SLURM_PROCID speaks"
 if [[ $command == serve ]]; then
     exec sleep 1000
 fi
-trap 'echo "told to stop"; exit 9' USR1
 if [[ -n ${NEAR_TIME_LIMIT:-} && $SLURM_PROCID == 0 ]]; then
+    until [[ -e $SEEN/midtrain-1 ]]; do sleep 0.1; done
     scancel --batch --signal=USR1 "$SLURM_JOB_ID"
 fi
 for ((tick = 0; tick < 300; tick++)); do
