@@ -13,8 +13,9 @@ import pytest
 import webdataset
 
 from megatron_ra3.corpus.lines import annotate, join_lines
+from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.prepare import PrepareConfig, add_prepare_arguments, prepare, run_prepare, split_of
-from megatron_ra3.corpus.shards import Manifest, SplitReader
+from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.sources import decode, find_files
 
@@ -51,7 +52,7 @@ def test_equal_input_gives_equal_bytes(sources, tmp_path):
     for out in outs:
         prepare(config(sources, out, tokenizer_vocab=300))
     names = sorted(path.relative_to(outs[0]).as_posix() for path in outs[0].rglob("*") if path.is_file())
-    assert {"manifest.json", "train-00000.tar", "heldout.index.npy", "tokenizer/tokenizer.json"} <= set(names)
+    assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json"} <= set(names)
     for name in names:
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
 
@@ -90,7 +91,7 @@ def test_a_file_keeps_its_split_in_any_corpus(sources, tmp_path):
 
 def test_shards_are_ordinary_webdataset_shards(sources, tmp_path):
     manifest = prepare(config(sources, tmp_path))
-    urls = [str(tmp_path / shard.name) for shard in manifest.splits["train"].shards]
+    urls = [str(tmp_path / shard.tar.name) for shard in manifest.splits["train"].shards]
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     records = read_all(tmp_path, "train")
     assert [sample["json"] for sample in read] == [record.to_json() for record in records]
@@ -184,7 +185,9 @@ def test_another_corpus_is_not_overwritten_unasked(sources, tmp_path):
     assert Manifest.load(out) == first
     second = prepare(config(sources, out, limit_files=10, overwrite=True))
     assert second.files_seen == 10
-    listed = {file.name for split in second.splits.values() for file in (split.index, *split.shards)}
+    listed = {
+        file.name for split in second.splits.values() for shard in split.shards for file in (shard.tar, shard.index)
+    }
     assert {path.name for path in out.iterdir()} == listed | {"manifest.json", "notes.txt"}
 
 

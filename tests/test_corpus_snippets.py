@@ -56,8 +56,9 @@ def test_impossible_limits(limits):
 
 
 def test_record_survives_json():
-    record = SnippetRecord("i", "s", "p", (CodeLine("# é\n", "x"), CodeLine("", "y")))
-    assert record.to_json() == {"id": "i", "source": "s", "prompt": "p", "lines": [["# é\n", "x"], ["", "y"]]}
+    record = SnippetRecord("i", "s", "p", (CodeLine("# é\n", "x"), CodeLine("", "y")), "r", "mit", "go")
+    origin = {"id": "i", "source": "s", "prompt": "p", "repo": "r", "licence": "mit", "language": "go"}
+    assert record.to_json() == origin | {"lines": [["# é\n", "x"], ["", "y"]]}
     assert SnippetRecord.from_json(record.to_json()) == record
 
 
@@ -71,7 +72,7 @@ def test_record_survives_json():
     ],
 )
 def test_bad_record(change, message):
-    good = {"id": "i", "source": "s", "prompt": "", "lines": [["", "x"]]}
+    good = SnippetRecord("i", "s", "", (CodeLine("", "x"),)).to_json()
     with pytest.raises(ValueError, match=message):
         SnippetRecord.from_json(good | change)
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
-from megatron_ra3.corpus.shards import Manifest
 from megatron_ra3.corpus.stream import Cursor, ShardStream
 
 
@@ -136,7 +136,7 @@ def test_missing_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"format_version": 1', '"format_version": 99'), "format version 99, this release"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 99'), "format version 99, this release"),
         (lambda text: text[: len(text) // 2], r"manifest\.json is damaged .*JSONDecodeError"),
         (lambda text: text.replace('"files_seen"', '"files_sen"'), r"manifest\.json is damaged .*files_sen"),
         (lambda _text: "[]", r"manifest\.json is damaged"),
@@ -149,7 +149,7 @@ def test_unreadable_manifest(own_corpus, change, message):
         ShardStream(own_corpus, "train", seed=0)
 
 
-@pytest.mark.parametrize("name", ["train-00002.tar", "train.index.npy"])
+@pytest.mark.parametrize("name", ["train-00002.tar", "train-00001.npy"])
 def test_missing_and_torn_files(own_corpus, name):
     path = own_corpus / name
     data = path.read_bytes()
@@ -164,13 +164,13 @@ def test_missing_and_torn_files(own_corpus, name):
 @pytest.mark.parametrize("at_byte", [0, 512])  # in the header, in the data
 def test_torn_sample(own_corpus, at_byte):
     shard = Manifest.load(own_corpus).splits["train"].shards[3]
-    index = np.load(own_corpus / "train.index.npy")
-    data = bytearray((own_corpus / shard.name).read_bytes())
-    data[int(index[16, 0]) + at_byte] ^= 1  # sample 16 is the second one of the fourth shard
-    (own_corpus / shard.name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{shard.name} has changed: its sha256"):
+    index = np.load(own_corpus / shard.index.name)
+    data = bytearray((own_corpus / shard.tar.name).read_bytes())
+    data[int(index[1, 0]) + at_byte] ^= 1  # sample 16 is the second one of the fourth shard
+    (own_corpus / shard.tar.name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{shard.tar.name} has changed: its sha256"):
         ShardStream(own_corpus, "train", seed=0, verify=True)
-    with pytest.raises(ValueError, match=rf"{shard.name}: sample 16 at byte {index[16, 0]} is torn"):
+    with pytest.raises(ValueError, match=rf"{shard.tar.name}: sample 16 at byte {index[1, 0]} is torn"):
         ShardStream(own_corpus, "train", seed=0).take(23)
 
 

@@ -17,16 +17,9 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from megatron_ra3.corpus.lines import annotate
-from megatron_ra3.corpus.shards import (
-    FORMAT_VERSION,
-    SPLITS,
-    Manifest,
-    SplitInfo,
-    SplitReader,
-    SplitWriter,
-    publish,
-    refuse_existing,
-)
+from megatron_ra3.corpus.manifest import FORMAT_VERSION, SPLITS, Manifest, SplitInfo
+from megatron_ra3.corpus.reader import SplitReader
+from megatron_ra3.corpus.shards import SplitWriter, publish, refuse_existing
 from megatron_ra3.corpus.snippets import SnippetLimits, cut_snippets
 from megatron_ra3.corpus.sources import SourceFile, find_files, read_source
 from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB, train_tokenizer

@@ -11,23 +11,33 @@ from typing import Any
 
 from megatron_ra3.corpus.lines import CodeLine
 
+_TEXTS = ("id", "source", "prompt", "repo", "licence", "language")
 _INSIDE_A_BLOCK = re.compile(r"\s|(elif|else|except|finally)\b")
 
 
 @dataclass(frozen=True, slots=True)
 class SnippetRecord:
-    """One sample of the corpus: an expert trajectory of code lines after an optional prompt."""
+    """One sample of the corpus: an expert trajectory of code lines after an optional prompt.
+
+    `source` is the path of the file inside `repo`; `licence` is what the input says of it, empty if nothing.
+    """
 
     id: str
     source: str
     prompt: str
     lines: tuple[CodeLine, ...]
+    repo: str = ""
+    licence: str = ""
+    language: str = "python"
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values, lines as [trivia, code] pairs."""
         return {
             "id": self.id,
             "source": self.source,
+            "repo": self.repo,
+            "licence": self.licence,
+            "language": self.language,
             "prompt": self.prompt,
             "lines": [[line.trivia, line.code] for line in self.lines],
         }
@@ -39,17 +49,16 @@ class SnippetRecord:
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
-        fields = {"id", "source", "prompt", "lines"}
-        if not isinstance(data, dict) or set(data) != fields:
+        if not isinstance(data, dict) or data.keys() != {*_TEXTS, "lines"}:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"a snippet must have exactly the fields {sorted(fields)}, found {found}")
-        for name in ("id", "source", "prompt"):
+            raise ValueError(f"a snippet must have exactly the fields {sorted((*_TEXTS, 'lines'))}, found {found}")
+        for name in _TEXTS:
             if not isinstance(data[name], str):
                 raise ValueError(f"snippet field {name!r} must be a string, found {data[name]!r}")
         if not isinstance(data["lines"], list) or not data["lines"] or not all(map(_is_pair, data["lines"])):
             raise ValueError(f"snippet {data['id']!r}: 'lines' must be a non-empty list of [trivia, code] strings")
         lines = tuple(CodeLine(trivia, code) for trivia, code in data["lines"])
-        return cls(data["id"], data["source"], data["prompt"], lines)
+        return cls(lines=lines, **{name: data[name] for name in _TEXTS})
 
 
 @dataclass(frozen=True, slots=True)

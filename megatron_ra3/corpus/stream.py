@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ra3.corpus.shards import Manifest, SplitReader
+from megatron_ra3.corpus.manifest import Manifest
+from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.snippets import SnippetRecord
 
 
@@ -55,7 +56,7 @@ class ShardStream:
         self._identity = {
             "split": split,
             "seed": seed,
-            "shards_sha256": hashlib.sha256("".join(shard.sha256 for shard in info.shards).encode()).hexdigest(),
+            "shards_sha256": hashlib.sha256("".join(shard.tar.sha256 for shard in info.shards).encode()).hexdigest(),
         }
         self._order_of_epoch: dict[int, np.ndarray] = {}
         self._seed = seed

@@ -1,0 +1,118 @@
+"""What a corpus folder holds: the manifest, written last, which vouches for every other file.
+
+A folder with a manifest holds a whole corpus. Counts of what was left out stand beside the counts of what was kept: a
+corpus that silently lost half its files trains just as smoothly as a whole one.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of the corpus, as it was when it was written."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "DataFile":
+        """Describe a file on disk; reads it whole."""
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path.name, path.stat().st_size, sha256)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A webdataset tar of `samples` snippets and its index, an array [samples, 2] of uint64 in npy format.
+
+    A row holds the offset in bytes of a sample's tar header and the size in bytes of its data.
+    """
+
+    samples: int
+    tar: DataFile
+    index: DataFile
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Counts and shards of one split. `native_comments` are lines whose comment can serve as an observed rationale."""
+
+    files: int
+    snippets: int
+    lines: int
+    native_comments: int
+    chars: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus holds, from what it was made, and what was left out and why."""
+
+    format_version: int
+    settings: dict[str, Any]
+    files_seen: int
+    files_dropped: dict[str, int]
+    cut_dropped: dict[str, int]
+    tokenizer_sha256: str | None
+    splits: dict[str, SplitInfo]
+
+    def save(self, folder: Path) -> None:
+        """Writes `manifest.json` atomically."""
+        partial = folder / f"{MANIFEST}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / MANIFEST)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Reads the manifest of a corpus folder.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is damaged or of another format version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: no finished corpus there; run `ra3 prepare --out {folder}`")
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> "Manifest":
+        """Reads the content of a manifest that lies at `name`.
+
+        Raises:
+            ValueError: it is damaged or of another format version.
+        """
+        try:
+            data = json.loads(content)
+            version = data["format_version"]
+            if version == FORMAT_VERSION:
+                splits = {split: _split_from_json(info) for split, info in data.pop("splits").items()}
+                return cls(**data, splits=splits)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name} is damaged ({error!r}); run `ra3 prepare --overwrite` again") from error
+        raise ValueError(
+            f"{name} has format version {version!r}, this release reads {FORMAT_VERSION}; "
+            "run `ra3 prepare --overwrite` again"
+        )
+
+
+def _split_from_json(data: dict[str, Any]) -> SplitInfo:
+    shards = tuple(
+        Shard(shard["samples"], DataFile(**shard["tar"]), DataFile(**shard["index"])) for shard in data.pop("shards")
+    )
+    return SplitInfo(**data, shards=shards)
