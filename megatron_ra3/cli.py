@@ -32,16 +32,18 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
-    from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
+    from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    prepare = commands.add_parser("prepare", help="turn a folder of Python files into a corpus of shards")
+    prepare = commands.add_parser("prepare", help="turn source files into a corpus of shards")
     add_prepare_arguments(prepare)
     prepare.set_defaults(run=run_prepare)
+
+    add_corpus_arguments(commands.add_parser("corpus", help="look at, check, split and merge corpora"))
 
     for name, run, text in (
         ("midtrain", _midtrain, "run or resume mid-training (under torchrun or srun for several ranks)"),

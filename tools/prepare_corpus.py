@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
+from megatron_ra3.corpus.commands import add_prepare_arguments, run_prepare
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -46,25 +46,39 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Counts and shards of one split. `native_comments` are lines whose comment can serve as an observed rationale."""
+    """Counts and shards of one split.
+
+    `native_comments` are lines whose comment can serve as an observed rationale; `tokens` is None where the corpus was
+    prepared without a tokenizer.
+    """
 
     files: int
+    repos: int
     snippets: int
     lines: int
     native_comments: int
     chars: int
+    tokens: int | None
     shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus holds, from what it was made, and what was left out and why."""
+    """What a corpus holds, from what it was made, and what was left out and why.
+
+    `files_dropped` counts files, `cut_dropped` lines and snippets of files that were kept, `scrubbed` replaced texts;
+    `licences` and `languages` count the files of all splits.
+    """
 
     format_version: int
     settings: dict[str, Any]
     files_seen: int
+    bytes_seen: int
     files_dropped: dict[str, int]
     cut_dropped: dict[str, int]
+    scrubbed: dict[str, int]
+    licences: dict[str, int]
+    languages: dict[str, int]
     tokenizer_sha256: str | None
     splits: dict[str, SplitInfo]
 

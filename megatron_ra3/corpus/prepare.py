@@ -1,58 +1,97 @@
-"""Turns folders of source files into a corpus: shards, indexes, a manifest and, on request, a tokenizer.
+"""Turns source files of any origin into a corpus: shards, indexes, a manifest, a report and, on request, a tokenizer.
 
-Runs once per corpus, so it is deterministic to the byte, and every file it leaves out is counted under a reason: a
-corpus that silently lost half its files trains just as smoothly as a whole one.
+Three passes, each bounded in memory and spread over all cores: documents are examined batch by batch (`staging.py`),
+duplicates and splits are decided from what was kept (`assemble.py`), and shards are written. The same input and
+settings give the same bytes whatever the number of workers; a killed run goes on by the same command.
 """
 
-import argparse
+import fcntl
+import hashlib
 import json
-import sysconfig
-import time
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
-from tqdm import tqdm
-
-from megatron_ra3.corpus.lines import annotate
-from megatron_ra3.corpus.manifest import FORMAT_VERSION, SPLITS, Manifest, SplitInfo
-from megatron_ra3.corpus.reader import SplitReader
-from megatron_ra3.corpus.shards import SplitWriter, publish, refuse_existing
-from megatron_ra3.corpus.snippets import SnippetLimits, cut_snippets
-from megatron_ra3.corpus.sources import SourceFile, find_files, read_source
-from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB, train_tokenizer
+from megatron_ra3 import __version__
+from megatron_ra3.corpus.assemble import DUPLICATE, NEAR_DUPLICATE, Contents, Plan, count, plan_corpus, write_splits
+from megatron_ra3.corpus.decontaminate import Benchmarks
+from megatron_ra3.corpus.examine import Filter, Rules
+from megatron_ra3.corpus.inputs import Input, find_inputs
+from megatron_ra3.corpus.languages import LANGUAGES
+from megatron_ra3.corpus.manifest import FORMAT_VERSION, Manifest, SplitInfo
+from megatron_ra3.corpus.progress import read_with_progress
+from megatron_ra3.corpus.publish import publish, refuse_existing
+from megatron_ra3.corpus.report import Report, write_report
+from megatron_ra3.corpus.snippets import SnippetLimits
+from megatron_ra3.corpus.staging import Batch, examine_all, load_batch
+from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB
+from megatron_ra3.corpus.vocabulary import count_tokens, train_on_shards
 
 DEFAULT_EXCLUDE = (".*", "__pycache__", "site-packages", "dist-packages")
-STDLIB_EXCLUDE = ("test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "encodings", "_sysconfigdata*")
+_STAGING = ".preparing"
+_EXAMPLES_PER_REASON = 20
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to read, how to cut it, where to write it."""
+    """What to read, what to leave out, how to cut it, where to write it."""
 
     sources: tuple[str, ...]
     out: str
+    languages: tuple[str, ...] = ("python",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     limits: SnippetLimits = field(default_factory=SnippetLimits)
+    without: tuple[Filter, ...] = ()
+    """Filters that are switched off."""
+    similarity: float = 0.85
+    """Estimated Jaccard similarity from which on a file is a near duplicate of an earlier one."""
+    licences: tuple[str, ...] = ()
+    """SPDX identifiers that are allowed; none: all."""
+    unknown_licence: bool = False
+    """Keep also files of unknown licence, where `licences` are given."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks whose tasks and solutions must not be in the corpus."""
     heldout_fraction: float = 0.02
+    """Of repositories."""
     samples_per_shard: int = 10_000
     max_file_bytes: int = 1_000_000
     limit_files: int | None = None
     tokenizer_vocab: int | None = None
+    """Train a tokenizer of that many tokens on the training split."""
+    workers: int = 0
+    """Processes; 0: one per core."""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise ValueError(f"heldout_fraction must be in [0, 1), found {self.heldout_fraction}")
-        smallest = {"samples_per_shard": 1, "max_file_bytes": 1, "limit_files": 1, "tokenizer_vocab": SMALLEST_VOCAB}
+        if not 0.0 < self.similarity <= 1.0:
+            raise ValueError(f"similarity must be in (0, 1], found {self.similarity}")
+        smallest = {
+            "samples_per_shard": 1, "max_file_bytes": 1, "limit_files": 1, "tokenizer_vocab": SMALLEST_VOCAB,
+            "workers": 0,
+        }  # fmt: skip
         for name, least in smallest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
         if not self.sources:
-            raise ValueError("no source folder given; name folders of Python files, or --stdlib")
+            raise ValueError("no source given; name folders, archives, JSONL or Parquet files, or --stdlib")
+        for name, known in (("without", get_args(Filter)), ("languages", tuple(LANGUAGES))):
+            unknown = set(getattr(self, name)) - set(known)
+            if unknown:
+                raise ValueError(f"{name} has unknown {sorted(unknown)}; known are {', '.join(known)}")
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Ends of the names of the files that are read."""
+        return frozenset(suffix for name in self.languages for suffix in LANGUAGES[name].suffixes)
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -61,143 +100,157 @@ def prepare(config: PrepareConfig) -> Manifest:
     A corpus that is to be overwritten stays until its successor is complete.
 
     Raises:
-        ValueError: a source folder does not exist, or no training snippet came out; the message then says what was
-            looked at and why it was dropped.
-        FileExistsError: the folder holds a corpus and `config.overwrite` is not set.
+        ValueError: a source does not exist or is of no known kind, or no training snippet came out; the message then
+            says what was looked at and why it was dropped.
+        FileExistsError: the folder holds a corpus and `config.overwrite` is not set, or is being written to.
     """
-    for source in config.sources:
-        if not Path(source).is_dir():
-            raise ValueError(f"source folder {source} does not exist")
+    inputs = find_inputs(config.sources, suffixes=config.suffixes, exclude=config.exclude)
     out = Path(config.out)
     if not config.overwrite:
         refuse_existing(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix="partial-") as staging:
-        manifest = _build(config, Path(staging))
-        publish(Path(staging), out, manifest)
+    with _staging(out) as staging:
+        manifest = _build(config, inputs, staging)
+        publish(staging / "corpus", out, manifest)
     return manifest
 
 
-def split_of(file_sha256: str, heldout_fraction: float) -> str:
-    """The split of a file, decided by its content alone: copies and later corpora agree on it."""
-    return "heldout" if int(file_sha256[:13], 16) / 16**13 < heldout_fraction else "train"
-
-
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments that `run_prepare` reads."""
-    defaults = PrepareConfig(sources=(".",), out="")
-    limits = defaults.limits
-    add = parser.add_argument
-    add("sources", nargs="*", metavar="FOLDER", help="folders of Python files, searched recursively")
-    add("--stdlib", action="store_true", help="add this interpreter's standard library; leaves out test folders")
-    add("--out", required=True, metavar="FOLDER", help="where the corpus goes")
-    add("--exclude", action="append", default=[], metavar="GLOB", help="leave out files and folders by name or path")
-    add("--max-lines", type=int, default=limits.max_lines, help="logical lines per snippet (default %(default)s)")
-    add("--max-chars", type=int, default=limits.max_chars, help="characters per snippet (default %(default)s)")
-    add("--min-lines", type=int, default=limits.min_lines, help="drop shorter snippets (default %(default)s)")
-    add("--heldout-fraction", type=float, default=defaults.heldout_fraction, help="of files (default %(default)s)")
-    add("--samples-per-shard", type=int, default=defaults.samples_per_shard, help="default %(default)s")
-    add("--max-file-bytes", type=int, default=defaults.max_file_bytes, help="drop larger files (default %(default)s)")
-    add("--limit-files", type=int, default=None, metavar="N", help="read only the first N files")
-    add("--tokenizer-vocab", type=int, default=None, metavar="N", help="train a byte-level BPE into OUT/tokenizer")
-    add("--overwrite", action="store_true", help="replace the corpus that is in OUT")
-
-
-def run_prepare(args: argparse.Namespace) -> int:
-    """Prepares a corpus from parsed arguments and prints what it holds."""
-    stdlib = (sysconfig.get_paths()["stdlib"],) if args.stdlib else ()
-    config = PrepareConfig(
-        sources=(*args.sources, *stdlib),
-        out=args.out,
-        exclude=(*DEFAULT_EXCLUDE, *args.exclude, *(STDLIB_EXCLUDE if args.stdlib else ())),
-        limits=SnippetLimits(args.max_lines, args.max_chars, args.min_lines),
-        heldout_fraction=args.heldout_fraction,
-        samples_per_shard=args.samples_per_shard,
-        max_file_bytes=args.max_file_bytes,
-        limit_files=args.limit_files,
-        tokenizer_vocab=args.tokenizer_vocab,
-        overwrite=args.overwrite,
+def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
+    workers = config.workers or os.cpu_count() or 1
+    benchmarks = {Path(path).name: _sha256(Path(path)) for path in config.benchmarks}
+    rules = Rules(
+        limits=config.limits,
+        without=frozenset(config.without),
+        licences=frozenset(name.lower() for name in config.licences) if config.licences else None,
+        unknown_licence=config.unknown_licence,
+        benchmarks=Benchmarks.load([Path(path) for path in config.benchmarks]) if config.benchmarks else None,
     )
-    started_s = time.monotonic()
-    manifest = prepare(config)
-    print(f"{args.out}: {manifest.files_seen} files seen in {time.monotonic() - started_s:.1f} s")
-    for name, split in manifest.splits.items():
-        print(
-            f"  {name:<8} {split.files:>8,} files {split.snippets:>10,} snippets {split.lines:>12,} lines "
-            f"{split.chars:>14,} chars {split.native_comments:>10,} comments {len(split.shards):>5,} shards"
-        )
-    print(f"  dropped  {_reasons(manifest.files_dropped)} files; {_reasons(manifest.cut_dropped)}")
-    return 0
-
-
-def _build(config: PrepareConfig, folder: Path) -> Manifest:
-    writers = {split: SplitWriter(folder, split, config.samples_per_shard) for split in SPLITS}
-    files_dropped: Counter[str] = Counter()
-    cut_dropped: Counter[str] = Counter()
-    seen_sha256: set[str] = set()
-    files = [(path, Path(source)) for source in config.sources for path in find_files(Path(source), config.exclude)]
-    files = files[: config.limit_files]
-    for path, source in tqdm(files, desc="prepare", unit="file", disable=None):
-        read = read_source(path, config.max_file_bytes, seen_sha256)
-        if not isinstance(read, SourceFile):
-            files_dropped[read] += 1
-            continue
-        snippets, dropped = cut_snippets(
-            read.lines, source=path.relative_to(source).as_posix(), file_sha256=read.sha256, limits=config.limits
-        )
-        cut_dropped += dropped
-        if snippets:
-            writers[split_of(read.sha256, config.heldout_fraction)].add_file(snippets)
-        else:
-            files_dropped["no_snippet"] += 1
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits["train"].snippets:
-        raise ValueError(_empty_corpus(config, len(files), files_dropped, cut_dropped, splits["heldout"].files))
-    return Manifest(
+    batches = _examine(config, inputs, rules, _fingerprint(config, benchmarks), staging, workers)
+    seen = _Seen()
+    for path in batches:
+        seen.add(load_batch(path))
+    similarity = None if "near_duplicates" in config.without else config.similarity
+    plan = plan_corpus(batches, config.heldout_fraction, similarity, staging)
+    seen.add_duplicates(plan)
+    folder = staging / "corpus"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    contents = count(plan, write_splits(plan, folder, config.samples_per_shard, workers))
+    if not contents.splits["train"].snippets:
+        raise ValueError(_empty_corpus(config, seen, contents.splits["heldout"]))
+    tokenizer_sha256, splits = _tokens(config, folder, contents)
+    manifest = Manifest(
         format_version=FORMAT_VERSION,
-        settings=_settings(config),
-        files_seen=len(files),
-        files_dropped=dict(files_dropped),
-        cut_dropped=dict(cut_dropped),
-        tokenizer_sha256=_train_tokenizer(config.tokenizer_vocab, folder, splits["train"]),
+        settings=_settings(config) | {"benchmarks": benchmarks},
+        files_seen=seen.documents,
+        bytes_seen=seen.bytes,
+        files_dropped=dict(seen.dropped),
+        cut_dropped=dict(seen.cut_dropped),
+        scrubbed=dict(seen.scrubbed),
+        licences=dict(contents.licences),
+        languages=dict(contents.languages),
+        tokenizer_sha256=tokenizer_sha256,
         splits=splits,
     )
+    write_report(folder, Report(manifest, contents.repos, seen.examples))
+    return manifest
 
 
-def _train_tokenizer(vocab_size: int | None, folder: Path, train: SplitInfo) -> str | None:
-    if vocab_size is None:
-        return None
-    return train_tokenizer(_segments(folder, train), vocab_size, folder / "tokenizer").fingerprint
+class _Seen:
+    """What went in, and what was left out and why, summed over batches."""
+
+    def __init__(self) -> None:
+        self.documents = self.bytes = 0
+        self.dropped = Counter[str]()
+        self.cut_dropped = Counter[str]()
+        self.scrubbed = Counter[str]()
+        self.examples: dict[str, list[list[str]]] = {}
+
+    def add(self, batch: Batch) -> None:
+        self.documents += batch.documents
+        self.bytes += batch.bytes
+        self.dropped += batch.dropped
+        self.cut_dropped += batch.cut_dropped
+        self.scrubbed += batch.scrubbed
+        for reason, examples in batch.examples.items():
+            shown = self.examples.setdefault(reason, [])
+            shown += examples[: _EXAMPLES_PER_REASON - len(shown)]
+
+    def add_duplicates(self, plan: Plan) -> None:
+        for reason, fate in (("duplicate", DUPLICATE), ("near_duplicate", NEAR_DUPLICATE)):
+            self.dropped += Counter({reason: int((plan.fate == fate).sum())})
 
 
-def _segments(folder: Path, info: SplitInfo) -> Iterator[str]:
-    """The texts that training will encode: rationales and lines, each alone."""
-    reader = SplitReader(folder, info)
-    for sample in range(len(reader)):
-        for line in reader.read(sample).lines:
-            rationale, text = annotate(line, "observe")
-            if rationale:
-                yield rationale
-            yield text
-    reader.close()
+def _examine(
+    config: PrepareConfig, inputs: Sequence[Input], rules: Rules, fingerprint: str, staging: Path, workers: int
+) -> list[Path]:
+    documents = read_with_progress(
+        inputs, suffixes=config.suffixes, exclude=config.exclude, max_file_bytes=config.max_file_bytes
+    )
+    folder = staging / "batches"
+    folder.mkdir(exist_ok=True)
+    return list(examine_all(islice(documents, config.limit_files), rules, fingerprint, folder, workers))
 
 
-def _settings(config: PrepareConfig) -> dict[str, object]:
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder in `out` that outlives a kill, and goes when the work is done or was in vain."""
+    folder = out / _STAGING
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is preparing a corpus in {out}; wait for it, or choose another --out"
+            ) from None
+        try:
+            yield folder
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def _tokens(config: PrepareConfig, folder: Path, contents: Contents) -> tuple[str | None, dict[str, SplitInfo]]:
+    """Trains a tokenizer, if asked to, and counts what it makes of the splits."""
+    if config.tokenizer_vocab is None:
+        return None, contents.splits
+    tokenizer = train_on_shards(folder, contents.splits["train"], config.tokenizer_vocab)
+    splits = {
+        name: replace(split, tokens=count_tokens(tokenizer, folder, split)) for name, split in contents.splits.items()
+    }
+    return tokenizer.fingerprint, splits
+
+
+def _fingerprint(config: PrepareConfig, benchmarks: dict[str, str]) -> str:
+    """What decides the fate of a document besides itself."""
+    names = ("limits", "without", "licences", "unknown_licence")
+    settings = _settings(config)
+    return json.dumps([__version__, FORMAT_VERSION, [settings[name] for name in names], sorted(benchmarks.values())])
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
     """The settings that shape the corpus, as JSON values."""
-    settings = json.loads(json.dumps(asdict(config)))
-    del settings["out"], settings["overwrite"]
-    return dict(settings)
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    for name in ("out", "overwrite", "workers"):
+        del settings[name]
+    return settings
 
 
-def _empty_corpus(
-    config: PrepareConfig, files_seen: int, files_dropped: Counter[str], cut_dropped: Counter[str], heldout_files: int
-) -> str:
+def _empty_corpus(config: PrepareConfig, seen: _Seen, heldout: SplitInfo) -> str:
     return (
-        f"empty corpus: no training snippet in {', '.join(config.sources)}; {files_seen} .py files seen, "
-        f"{heldout_files} held out, dropped {_reasons(files_dropped)} files, {_reasons(cut_dropped)}; "
-        f"check the folders, exclude={list(config.exclude)} and the limits {config.limits}"
+        f"empty corpus: no training snippet in {', '.join(config.sources)}; {seen.documents} files seen, "
+        f"{heldout.files} held out, dropped {reasons(seen.dropped)} files, {reasons(seen.cut_dropped)}; "
+        f"check the sources, languages={list(config.languages)}, exclude={list(config.exclude)} and the limits "
+        f"{config.limits}"
     )
 
 
-def _reasons(counts: Counter[str] | dict[str, int]) -> str:
+def reasons(counts: Counter[str] | dict[str, int]) -> str:
+    """Counts in words: "3 empty, 1,204 generated"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "0"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

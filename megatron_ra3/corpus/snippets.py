@@ -3,6 +3,7 @@
 Cutting at a fixed number of lines would start most snippets inside a function whose signature is out of sight.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from megatron_ra3.corpus.lines import CodeLine
 
 _TEXTS = ("id", "source", "prompt", "repo", "licence", "language")
-_INSIDE_A_BLOCK = re.compile(r"\s|(elif|else|except|finally)\b")
+_INSIDE_A_BLOCK = re.compile(r"[\s})\]]|(elif|else|except|finally)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,10 @@ class SnippetRecord:
             "prompt": self.prompt,
             "lines": [[line.trivia, line.code] for line in self.lines],
         }
+
+    def encode(self) -> bytes:
+        """The bytes that stand in a shard."""
+        return json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: Any) -> "SnippetRecord":
@@ -79,7 +84,14 @@ class SnippetLimits:
 
 
 def cut_snippets(
-    lines: Sequence[CodeLine], *, source: str, file_sha256: str, limits: SnippetLimits
+    lines: Sequence[CodeLine],
+    *,
+    source: str,
+    file_sha256: str,
+    limits: SnippetLimits,
+    repo: str = "",
+    licence: str = "",
+    language: str = "python",
 ) -> tuple[list[SnippetRecord], Counter[str]]:
     """Cuts a file's lines into contiguous snippets, each as full as the limits allow.
 
@@ -103,7 +115,8 @@ def cut_snippets(
             dropped["snippet_too_short"] += 1
         else:
             snippet_id = f"{file_sha256[:16]}-{len(snippets):04d}"
-            snippets.append(SnippetRecord(snippet_id, source, "", tuple(lines[start:end])))
+            cut = tuple(lines[start:end])
+            snippets.append(SnippetRecord(snippet_id, source, "", cut, repo, licence, language))
         start = end
     return snippets, dropped
 

@@ -44,6 +44,10 @@ class CodeTokenizer:
         """Token ids of `text`; adds nothing, and what looks like a special token is text."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def count(self, texts: Sequence[str]) -> int:
+        """How many tokens `texts` make, each encoded alone; on all cores."""
+        return sum(map(len, self._backend.encode_batch_fast(texts, add_special_tokens=False)))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens shown. The inverse of `encode`."""
         return str(self._backend.decode(ids, skip_special_tokens=False))

@@ -1,0 +1,180 @@
+"""Examined documents on their way into a corpus, batch by batch, so that a killed `ra3 prepare` does no work twice.
+
+A batch is named after its number and a digest of its documents and the settings. Whoever starts again reads the inputs
+again, which is cheap, and examines only the batches whose names are not there.
+"""
+
+import hashlib
+import json
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ra3.corpus.examine import Dropped, Kept, Rules, examine
+from megatron_ra3.corpus.documents import Document, Unreadable
+
+BATCH_BYTES = 8 << 20
+BATCH_DOCUMENTS = 2048
+EXAMPLES_PER_REASON = 3
+
+Read = Document | Unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A kept document: what the corpus counts about it, and the sizes in bytes of its encoded snippets."""
+
+    sha256: str
+    repo: str
+    licence: str
+    language: str
+    bytes: int
+    lines: int
+    native_comments: int
+    chars: int
+    snippets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What became of the documents of one batch; `examples` holds (path, detail) of some that were dropped."""
+
+    documents: int
+    bytes: int
+    dropped: Counter[str]
+    cut_dropped: Counter[str]
+    scrubbed: Counter[str]
+    examples: dict[str, list[list[str]]]
+    files: tuple[StagedFile, ...]
+
+
+def examine_all(documents: Iterable[Read], rules: Rules, fingerprint: str, folder: Path, workers: int) -> Iterator[Path]:
+    """Examines documents in `workers` processes and yields the finished batches in order, for the `load_` functions.
+
+    `fingerprint` stands for all that decides the result besides the documents.
+
+    Raises:
+        RuntimeError: a process died, most likely for lack of memory; the batches that were finished stay.
+    """
+    todo = (
+        (folder / f"{number:08d}-{_digest(fingerprint, batch)}.json", batch)
+        for number, batch in enumerate(_batches(documents))
+    )
+    if workers == 1:
+        for path, batch in todo:
+            yield path if path.exists() else _examine_batch(path, batch, rules)
+        return
+    waiting: deque[Path | Future[Path]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        try:
+            for path, batch in todo:
+                waiting.append(path if path.exists() else pool.submit(_examine_batch, path, batch, rules))
+                if len(waiting) > 3 * workers:
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a worker process died while examining documents (out of memory?); give fewer --workers than {workers} "
+                "and start again: what was examined is kept"
+            ) from error
+
+
+def load_batch(path: Path) -> Batch:
+    """Reads what `examine_all` wrote, without snippets and signatures."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    files = tuple(StagedFile(**file | {"snippets": tuple(file["snippets"])}) for file in content.pop("files"))
+    counts = {name: Counter(content.pop(name)) for name in ("dropped", "cut_dropped", "scrubbed")}
+    return Batch(files=files, **counts, **content)
+
+
+def load_signatures(path: Path) -> np.ndarray:
+    """MinHash signatures of the kept documents of a batch, [files, permutations]; permutations may be 0."""
+    signatures: np.ndarray = np.load(path.with_suffix(".npy"))
+    return signatures
+
+
+def load_snippets(path: Path) -> bytes:
+    """All encoded snippets of a batch, one after the other."""
+    return zlib.decompress(path.with_suffix(".bin").read_bytes())
+
+
+def _batches(documents: Iterable[Read]) -> Iterator[list[Read]]:
+    batch: list[Read] = []
+    num_bytes = 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += len(document.data) if isinstance(document, Document) else 0
+        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _digest(fingerprint: str, batch: list[Read]) -> str:
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=12)
+    for item in batch:
+        if isinstance(item, Document):
+            described = (item.repo, item.path, item.licence, str(len(item.data)), str(zlib.crc32(item.data)))
+        else:
+            described = (item.path, item.reason)
+        digest.update("\0".join(described).encode("utf-8", "surrogateescape") + b"\1")
+    return digest.hexdigest()
+
+
+def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
+    """Writes the snippets, then the signatures, then what makes the batch count as finished."""
+    kept: list[Kept] = []
+    dropped: Counter[str] = Counter()
+    examples: dict[str, list[list[str]]] = {}
+    for item in batch:
+        found = examine(item, rules) if isinstance(item, Document) else item
+        if isinstance(found, Kept):
+            kept.append(found)
+            continue
+        dropped[found.reason] += 1
+        shown = examples.setdefault(found.reason, [])
+        if len(shown) < EXAMPLES_PER_REASON:
+            shown.append([found.path, found.detail if isinstance(found, Dropped) else ""])
+    data = b"".join(snippet for file in kept for snippet in file.snippets)
+    path.with_suffix(".bin").write_bytes(zlib.compress(data, level=1))
+    np.save(path.with_suffix(".npy"), np.stack([file.signature for file in kept]) if kept else np.zeros((0, 0)))
+    content = Batch(
+        documents=len(batch),
+        bytes=sum(len(item.data) for item in batch if isinstance(item, Document)),
+        dropped=dropped,
+        cut_dropped=sum((file.cut_dropped for file in kept), Counter()),
+        scrubbed=sum((file.scrubbed for file in kept), Counter()),
+        examples=examples,
+        files=tuple(map(_staged, kept)),
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(content)), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _staged(file: Kept) -> StagedFile:
+    return StagedFile(
+        sha256=file.sha256,
+        repo=file.repo,
+        licence=file.licence,
+        language=file.language,
+        bytes=file.bytes,
+        lines=file.lines,
+        native_comments=file.native_comments,
+        chars=file.chars,
+        snippets=tuple(map(len, file.snippets)),
+    )
+
+
+def _result(item: Path | Future[Path]) -> Path:
+    return item if isinstance(item, Path) else item.result()
