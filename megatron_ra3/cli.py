@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
+    from megatron_ra3.bench.prepare import add_prepare_bench_arguments, run_prepare_bench
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     logprob = benches.add_parser("logprob", help="log-likelihoods from hidden states: our kernels beside their peers")
     add_logprob_arguments(logprob)
     logprob.set_defaults(run=run_logprob)
+    preparing = benches.add_parser("prepare", help="making a corpus: beside a plain pass over its sources")
+    add_prepare_bench_arguments(preparing)
+    preparing.set_defaults(run=run_prepare_bench)
     tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)

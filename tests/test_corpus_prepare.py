@@ -14,10 +14,13 @@ import webdataset
 
 from megatron_ra3.corpus.lines import annotate, join_lines
 from megatron_ra3.corpus.manifest import Manifest
-from megatron_ra3.corpus.prepare import PrepareConfig, add_prepare_arguments, prepare, run_prepare, split_of
+from megatron_ra3.corpus import staging
+from megatron_ra3.corpus.assemble import split_of
+from megatron_ra3.corpus.commands import add_prepare_arguments, run_prepare
+from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.snippets import SnippetLimits
-from megatron_ra3.corpus.sources import decode, find_files
+from megatron_ra3.corpus.tokenizer import load_tokenizer
 
 PREPARE_SCRIPT = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"
 
@@ -29,14 +32,18 @@ def source(number):
 @pytest.fixture
 def sources(tmp_path):
     folder = tmp_path / "src"
-    (folder / "pkg").mkdir(parents=True)
     for number in range(40):
-        (folder / "pkg" / f"m{number}.py").write_text(source(number))
+        path = folder / f"p{number // 2}" / f"m{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source(number))
     return folder
 
 
 def config(folder, out, **settings):
-    defaults = {"sources": (str(folder),), "out": str(out), "heldout_fraction": 0.25, "samples_per_shard": 7}
+    defaults = {
+        "sources": (str(folder),), "out": str(out), "heldout_fraction": 0.25, "samples_per_shard": 7, "workers": 1,
+        "without": ("near_duplicates",),
+    }  # fmt: skip
     return PrepareConfig(**defaults | settings)
 
 
@@ -47,46 +54,66 @@ def read_all(out, split):
     return records
 
 
-def test_equal_input_gives_equal_bytes(sources, tmp_path):
-    outs = [tmp_path / "one", tmp_path / "two"]
-    for out in outs:
-        prepare(config(sources, out, tokenizer_vocab=300))
-    names = sorted(path.relative_to(outs[0]).as_posix() for path in outs[0].rglob("*") if path.is_file())
-    assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json"} <= set(names)
-    for name in names:
-        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_counts_and_split_by_content(sources, tmp_path):
+def test_equal_input_gives_equal_bytes_whatever_the_workers(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "BATCH_DOCUMENTS", 6)
+    outs = [tmp_path / name for name in ("one", "two", "three")]
+    for out, workers in zip(outs, (1, 2, 3), strict=True):
+        prepare(config(sources, out, tokenizer_vocab=300, workers=workers))
+    found = [tree(out) for out in outs]
+    assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json", "report.html"} <= set(
+        found[0]
+    )
+    assert found[0] == found[1] == found[2]
+
+
+def test_counts_and_split_by_repository(sources, tmp_path):
     manifest = prepare(config(sources, tmp_path / "out"))
     assert manifest == Manifest.load(tmp_path / "out")
+    records = {split: read_all(tmp_path / "out", split) for split in manifest.splits}
+    files = {split: {record.source for record in found} for split, found in records.items()}
+    assert files["train"] | files["heldout"] == {f"m{number}.py" for number in range(40)}
+    repos = {split: {record.repo for record in found} for split, found in records.items()}
+    assert repos["train"].isdisjoint(repos["heldout"])
+    assert repos["train"] | repos["heldout"] == {f"p{number}" for number in range(20)}
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
-    files = {split: {record.source for record in read_all(tmp_path / "out", split)} for split in manifest.splits}
-    assert files["train"] | files["heldout"] == {f"pkg/m{number}.py" for number in range(40)}
-    assert not files["train"] & files["heldout"]
     assert 0 < heldout.files < 20
+    assert (train.repos, heldout.repos) == (len(repos["train"]), len(repos["heldout"]))
     assert (train.files, train.snippets, train.lines, train.native_comments) == (
         len(files["train"]),
         len(files["train"]),
         3 * len(files["train"]),
         2 * len(files["train"]),
     )
-    assert train.chars == sum(len(source(int(name[5:-3]))) for name in files["train"])
+    assert train.chars == sum(len(source(int(name[1:-3]))) for name in files["train"])
+    assert manifest.bytes_seen == sum(len(source(number)) for number in range(40))
     assert [shard.samples for shard in train.shards] == [7] * (train.files // 7) + [train.files % 7] * (
         train.files % 7 > 0
     )
 
 
-def test_a_file_keeps_its_split_in_any_corpus(sources, tmp_path):
+def test_tokens_are_those_of_the_tokenizer(sources, tmp_path):
+    manifest = prepare(config(sources, tmp_path, tokenizer_vocab=300))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert manifest.tokenizer_sha256 == tokenizer.fingerprint
+    for split, info in manifest.splits.items():
+        segments = [annotate(line, "observe") for record in read_all(tmp_path, split) for line in record.lines]
+        assert info.tokens == sum(len(tokenizer.encode(text)) for pair in segments for text in pair if text)
+
+
+def test_a_repository_keeps_its_split_in_any_corpus(sources, tmp_path):
     prepare(config(sources, tmp_path / "all"))
-    for path in sorted((sources / "pkg").glob("*.py"))[::2]:
+    for path in sorted(sources.rglob("*.py"))[::2]:
         path.unlink()
     prepare(config(sources, tmp_path / "half"))
-    heldout = {record.source for record in read_all(tmp_path / "all", "heldout")}
-    assert {record.source for record in read_all(tmp_path / "half", "train")}.isdisjoint(heldout)
-    assert split_of("0" * 64, 0.0) == "train"
-    assert split_of("4" + "0" * 63, 0.25) == "train"
-    assert split_of("3" + "f" * 63, 0.25) == "heldout"
+    heldout = {record.repo for record in read_all(tmp_path / "all", "heldout")}
+    assert {record.repo for record in read_all(tmp_path / "half", "train")}.isdisjoint(heldout)
+    names = [f"repository {number}" for number in range(4000)]
+    assert 0.23 < sum(split_of(name, 0.25) == "heldout" for name in names) / len(names) < 0.27
+    assert {split_of(name, 0.0) for name in names} == {"train"}
 
 
 def test_shards_are_ordinary_webdataset_shards(sources, tmp_path):
@@ -103,9 +130,9 @@ def test_shards_are_ordinary_webdataset_shards(sources, tmp_path):
 def test_samples_are_the_source(sources, tmp_path):
     prepare(config(sources, tmp_path))
     record = read_all(tmp_path, "train")[0]
-    assert join_lines(record.lines) + "\n" == (sources / record.source).read_text()
+    assert join_lines(record.lines) + "\n" == (sources / record.repo / record.source).read_text()
     assert [annotate(line, "observe")[0] for line in record.lines] == [
-        f" module {record.source[5:-3]}",
+        f" module {record.source[1:-3]}",
         None,
         " add it",
     ]
@@ -169,7 +196,7 @@ def test_exclude_matches_names_and_paths(tmp_path):
 
 
 def test_empty_corpus_says_what_was_looked_at(sources, tmp_path):
-    for path in (sources / "pkg").glob("*.py"):
+    for path in sources.rglob("*.py"):
         path.write_text("def f(:\n" + "#" * int(path.stem[1:]))
     with pytest.raises(ValueError, match=r"empty corpus.*src; 40 \.py files seen.*dropped 40 unparsable files"):
         prepare(config(sources, tmp_path / "out"))

@@ -108,8 +108,9 @@ def make_corpus(out: Path, program: ProgramConfig, *, programs: int, seed: int) 
     made.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     limits = ["--max-lines", program.lines, "--min-lines", program.lines, "--max-chars", 10_000]
     size = ["--heldout-fraction", HELDOUT_FRACTION, "--tokenizer-vocab", TOKENIZER_VOCAB[program.blocks]]
+    filters = ["--without", "generated", "minified", "data", "scrub", "near_duplicates"]
     call(
-        [*RA3, "prepare", out / "sources", "--out", out / "corpus", "--overwrite", *limits, *size],
+        [*RA3, "prepare", out / "sources", "--out", out / "corpus", "--overwrite", *limits, *size, *filters],
         out / "corpus.log",
         f"{out.name}/corpus",
     )

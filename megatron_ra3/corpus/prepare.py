@@ -29,7 +29,7 @@ from megatron_ra3.corpus.progress import read_with_progress
 from megatron_ra3.corpus.publish import publish, refuse_existing
 from megatron_ra3.corpus.report import Report, write_report
 from megatron_ra3.corpus.snippets import SnippetLimits
-from megatron_ra3.corpus.staging import Batch, examine_all, load_batch
+from megatron_ra3.corpus.staging import BATCH_BYTES, Batch, examine_all, load_batch
 from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB
 from megatron_ra3.corpus.vocabulary import count_tokens, train_on_shards
 
@@ -115,7 +115,8 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
-    workers = config.workers or os.cpu_count() or 1
+    small = sum(source.bytes for source in inputs) < BATCH_BYTES
+    workers = config.workers or (1 if small else os.cpu_count() or 1)
     benchmarks = {Path(path).name: _sha256(Path(path)) for path in config.benchmarks}
     rules = Rules(
         limits=config.limits,

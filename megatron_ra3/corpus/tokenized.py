@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_ra3.corpus.actions import regroup
+from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.lines import CommentMode, annotate
 from megatron_ra3.corpus.snippets import SnippetRecord
 from megatron_ra3.latents import LatentFormat, Snippet, Tokenizer
@@ -55,7 +56,8 @@ class SnippetTokenizer:
         return dropped
 
     def _snippet(self, record: SnippetRecord) -> Snippet | None:
-        lines = [annotate(line, self.comments) for line in record.lines if line.code]
+        comment = LANGUAGES[record.language].comment
+        lines = [annotate(line, self.comments, comment) for line in record.lines if line.code]
         if not lines:
             return None
         whole = self.format.tokenize(self.tokenizer, record.id, record.prompt, lines)
