@@ -71,11 +71,12 @@ def join_lines(lines: Iterable[CodeLine]) -> str:
     return "\n".join(line.trivia + line.code for line in lines)
 
 
-def annotate(line: CodeLine, mode: CommentMode) -> tuple[str | None, str]:
+def annotate(line: CodeLine, mode: CommentMode, comment: str = "#") -> tuple[str | None, str]:
     """Reads a line as (native rationale or None, text of the line) under a comment mode.
 
-    `observe` takes the comment directly above the code as its rationale: the text after `#`, right-stripped. Other
-    comments are dropped, blank lines stay. `strip` drops every full-line comment. `keep_as_code` keeps all as text.
+    `observe` takes the comment directly above the code as its rationale: the text after the sign `comment`,
+    right-stripped; `///` and `//!` count as `//`, and a block comment is no rationale. Other comments are dropped,
+    blank lines stay. `strip` drops every full-line comment. `keep_as_code` keeps all as text.
     """
     if mode == "keep_as_code":
         return None, line.trivia + line.code
@@ -83,11 +84,15 @@ def annotate(line: CodeLine, mode: CommentMode) -> tuple[str | None, str]:
     text = "".join(f"{row}\n" for row in above if not row.strip()) + line.code
     if mode == "strip" or not above or not line.code:
         return None, text
-    return _rationale(above[-1].strip()), text
+    return _rationale(above[-1].strip(), comment), text
 
 
-def _rationale(comment: str) -> str | None:
-    body = comment.removeprefix("#")
+def _rationale(row: str, sign: str) -> str | None:
+    if not row.startswith(sign):
+        return None
+    body = row.removeprefix(sign)
+    if sign == "//" and body.startswith(("/", "!")):
+        body = body[1:]
     said_to_people = any(map(str.isalnum, body)) and not body.startswith("!") and not _MODE_LINE.fullmatch(body)
     return body if said_to_people else None
 
