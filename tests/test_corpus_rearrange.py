@@ -100,7 +100,7 @@ def test_tokenizers_must_agree_and_are_kept(tmp_path):
     assert merged.splits["train"].tokens == Manifest.load(parts[0]).splits["train"].tokens
     assert (tmp_path / "merged" / "tokenizer" / "tokenizer.json").is_file()
     other = make_corpus(tmp_path / "three", range(9))
-    with pytest.raises(ValueError, match="not all of .* have the same tokenizer"):
+    with pytest.raises(ValueError, match=r"not all of .* have the same tokenizer"):
         merge_corpora([parts[0], other], tmp_path / "no", samples_per_shard=100)
     assert not (tmp_path / "no").exists()
 

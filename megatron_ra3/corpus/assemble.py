@@ -7,15 +7,14 @@ measure memory. Nothing here grows with the text of the corpus; a document takes
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ra3.corpus.duplicates import near_duplicates
 from megatron_ra3.corpus.manifest import SPLITS, Shard, SplitInfo
+from megatron_ra3.corpus.pool import worker_pool
 from megatron_ra3.corpus.shards import shard_name, write_shard
 from megatron_ra3.corpus.staging import load_batch, load_signatures, load_snippets
 
@@ -60,9 +59,7 @@ def split_of(repo: str, heldout_fraction: float) -> str:
     return "heldout" if _repo_hash(repo) < heldout_fraction * 2**64 else "train"
 
 
-def plan_corpus(
-    batches: Sequence[Path], heldout_fraction: float, similarity: float | None, scratch: Path
-) -> Plan:
+def plan_corpus(batches: Sequence[Path], heldout_fraction: float, similarity: float | None, scratch: Path) -> Plan:
     """Decides the fate of every staged file. A duplicate is one of an earlier file.
 
     `similarity` is the Jaccard similarity from which on files are near duplicates, None keeps them. Signatures are
@@ -103,7 +100,7 @@ def write_splits(plan: Plan, folder: Path, samples_per_shard: int, workers: int)
     if workers == 1:
         shards = [_write_pieces(path, pieces) for _, path, pieces in jobs]
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        with worker_pool(workers) as pool:
             shards = list(pool.map(_write_pieces, [path for _, path, _ in jobs], [pieces for _, _, pieces in jobs]))
     return {
         split: tuple(shard for shard, (of, _, _) in zip(shards, jobs, strict=True) if of == split) for split in SPLITS

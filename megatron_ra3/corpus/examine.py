@@ -49,7 +49,7 @@ class Kept:
     repo: str
     licence: str
     language: str
-    bytes: int
+    num_bytes: int
     lines: int
     native_comments: int
     chars: int
@@ -83,9 +83,7 @@ def examine(document: Document, rules: Rules) -> Kept | Dropped:
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
         return Dropped(name, "undecodable", str(error))
     identifiers = licences.normalise(document.licence or licences.spdx_header(text))
-    if rules.licences is not None and not licences.allowed(
-        identifiers, rules.licences, unknown=rules.unknown_licence
-    ):
+    if rules.licences is not None and not licences.allowed(identifiers, rules.licences, unknown=rules.unknown_licence):
         return Dropped(name, "licence", ", ".join(identifiers) or "unknown")
     suspicion = quality.suspicion(text, document.path)
     if suspicion is not None and suspicion not in rules.without:
@@ -121,7 +119,7 @@ def examine(document: Document, rules: Rules) -> Kept | Dropped:
         repo=document.repo,
         licence=licence,
         language=language.name,
-        bytes=len(document.data),
+        num_bytes=len(document.data),
         lines=len(kept),
         native_comments=sum(annotate(line, "observe", language.comment)[0] is not None for line in kept),
         chars=sum(map(num_chars, kept)),

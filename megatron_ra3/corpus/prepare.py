@@ -169,9 +169,9 @@ class _Seen:
     def add(self, batch: Batch) -> None:
         self.documents += batch.documents
         self.bytes += batch.bytes
-        self.dropped += batch.dropped
-        self.cut_dropped += batch.cut_dropped
-        self.scrubbed += batch.scrubbed
+        self.dropped.update(batch.dropped)
+        self.cut_dropped.update(batch.cut_dropped)
+        self.scrubbed.update(batch.scrubbed)
         for reason, examples in batch.examples.items():
             shown = self.examples.setdefault(reason, [])
             shown += examples[: _EXAMPLES_PER_REASON - len(shown)]

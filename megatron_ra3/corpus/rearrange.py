@@ -1,13 +1,13 @@
 """Corpora put together and taken apart without reading their sources again.
 
-Parts of a large corpus are prepared by separate jobs; a file that two parts hold is dropped from the later one when they
-are merged, and from the held-back split where the training split has it. Near duplicates across parts are not found,
-for their signatures are not kept.
+Parts of a large corpus are prepared by separate jobs; a file that two parts hold is dropped from the later one when
+they are merged, and from the held-back split where the training split has it. Near duplicates across parts are not
+found, for their signatures are not kept.
 """
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -147,7 +147,7 @@ class _Tally:
 def _write_corpus(
     out: Path,
     tokenizer_of: Path,
-    records: dict[str, Iterator[SnippetRecord]],
+    records: Mapping[str, Iterator[SnippetRecord]],
     samples_per_shard: int,
     describe: Callable[[dict[str, _Tally]], Manifest],
 ) -> Manifest:

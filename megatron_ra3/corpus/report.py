@@ -58,7 +58,8 @@ def write_report(folder: Path, report: Report) -> None:
 def _content(report: Report) -> dict[str, Any]:
     manifest = asdict(report.manifest)
     splits = {
-        name: {figure: value for figure, value in split.items() if figure != "shards"} | {"shards": len(split["shards"])}
+        name: {figure: value for figure, value in split.items() if figure != "shards"}
+        | {"shards": len(split["shards"])}
         for name, split in manifest.pop("splits").items()
     }
     return {

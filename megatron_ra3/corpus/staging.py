@@ -9,16 +9,16 @@ import json
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ra3.corpus.examine import Dropped, Kept, Rules, examine
 from megatron_ra3.corpus.documents import Document, Unreadable
+from megatron_ra3.corpus.examine import Dropped, Kept, Rules, examine
+from megatron_ra3.corpus.pool import worker_pool
 
 BATCH_BYTES = 8 << 20
 BATCH_DOCUMENTS = 2048
@@ -35,7 +35,7 @@ class StagedFile:
     repo: str
     licence: str
     language: str
-    bytes: int
+    num_bytes: int
     lines: int
     native_comments: int
     chars: int
@@ -48,14 +48,16 @@ class Batch:
 
     documents: int
     bytes: int
-    dropped: Counter[str]
-    cut_dropped: Counter[str]
-    scrubbed: Counter[str]
+    dropped: dict[str, int]
+    cut_dropped: dict[str, int]
+    scrubbed: dict[str, int]
     examples: dict[str, list[list[str]]]
     files: tuple[StagedFile, ...]
 
 
-def examine_all(documents: Iterable[Read], rules: Rules, fingerprint: str, folder: Path, workers: int) -> Iterator[Path]:
+def examine_all(
+    documents: Iterable[Read], rules: Rules, fingerprint: str, folder: Path, workers: int
+) -> Iterator[Path]:
     """Examines documents in `workers` processes and yields the finished batches in order, for the `load_` functions.
 
     `fingerprint` stands for all that decides the result besides the documents.
@@ -72,7 +74,7 @@ def examine_all(documents: Iterable[Read], rules: Rules, fingerprint: str, folde
             yield path if path.exists() else _examine_batch(path, batch, rules)
         return
     waiting: deque[Path | Future[Path]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    with worker_pool(workers) as pool:
         try:
             for path, batch in todo:
                 waiting.append(path if path.exists() else pool.submit(_examine_batch, path, batch, rules))
@@ -82,8 +84,8 @@ def examine_all(documents: Iterable[Read], rules: Rules, fingerprint: str, folde
                 yield _result(waiting.popleft())
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"a worker process died while examining documents (out of memory?); give fewer --workers than {workers} "
-                "and start again: what was examined is kept"
+                f"one of {workers} worker processes died while examining documents (out of memory?); give fewer "
+                "--workers and start again: what was examined is kept"
             ) from error
 
 
@@ -91,8 +93,7 @@ def load_batch(path: Path) -> Batch:
     """Reads what `examine_all` wrote, without snippets and signatures."""
     content = json.loads(path.read_text(encoding="utf-8"))
     files = tuple(StagedFile(**file | {"snippets": tuple(file["snippets"])}) for file in content.pop("files"))
-    counts = {name: Counter(content.pop(name)) for name in ("dropped", "cut_dropped", "scrubbed")}
-    return Batch(files=files, **counts, **content)
+    return Batch(files=files, **content)
 
 
 def load_signatures(path: Path) -> np.ndarray:
@@ -122,10 +123,18 @@ def _batches(documents: Iterable[Read]) -> Iterator[list[Read]]:
 def _digest(fingerprint: str, batch: list[Read]) -> str:
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=12)
     for item in batch:
-        if isinstance(item, Document):
-            described = (item.repo, item.path, item.licence, str(len(item.data)), str(zlib.crc32(item.data)))
-        else:
-            described = (item.path, item.reason)
+        described: tuple[str, ...] = (
+            (item.path, item.reason)
+            if isinstance(item, Unreadable)
+            else (
+                item.repo,
+                item.path,
+                item.licence,
+                str(item.is_text),
+                str(len(item.data)),
+                str(zlib.crc32(item.data)),
+            )
+        )
         digest.update("\0".join(described).encode("utf-8", "surrogateescape") + b"\1")
     return digest.hexdigest()
 
@@ -150,9 +159,9 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
     content = Batch(
         documents=len(batch),
         bytes=sum(len(item.data) for item in batch if isinstance(item, Document)),
-        dropped=dropped,
-        cut_dropped=sum((file.cut_dropped for file in kept), Counter()),
-        scrubbed=sum((file.scrubbed for file in kept), Counter()),
+        dropped=dict(dropped),
+        cut_dropped=dict(sum((file.cut_dropped for file in kept), Counter[str]())),
+        scrubbed=dict(sum((file.scrubbed for file in kept), Counter[str]())),
         examples=examples,
         files=tuple(map(_staged, kept)),
     )
@@ -168,7 +177,7 @@ def _staged(file: Kept) -> StagedFile:
         repo=file.repo,
         licence=file.licence,
         language=file.language,
-        bytes=file.bytes,
+        num_bytes=file.num_bytes,
         lines=file.lines,
         native_comments=file.native_comments,
         chars=file.chars,
