@@ -4,7 +4,7 @@ import pickle
 import random
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 
 from megatron_ra3.corpus.languages import LANGUAGES, language_of
@@ -197,7 +197,7 @@ def test_windows_newlines_give_the_same_lines(name):
 
 
 def test_real_files_survive_and_have_short_lines():
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(numpy.get_include()).rglob("*.h"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(np.get_include()).rglob("*.h"))]
     lines = [LANGUAGES["c"].split_lines(text) for text in texts]
     assert list(map(join_lines, lines)) == texts
     rows = [line.code.count("\n") + 1 for file in lines for line in file if line.code]
