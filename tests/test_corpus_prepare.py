@@ -152,6 +152,7 @@ def test_every_file_that_is_left_out_is_counted(sources, tmp_path):
         "short": b"short = 1\n",
         "twin": source(3).encode(),
     }
+    (sources / "cut.py").write_text("a = 1\nb = a\n" + f"c = '{'x' * 3000}'\n" + "d = b\n")
     for name, data in bad.items():
         (sources / f"{name}.py").write_bytes(data)
     (sources / "gone.py").symlink_to("nowhere.py")
@@ -166,8 +167,8 @@ def test_every_file_that_is_left_out_is_counted(sources, tmp_path):
         "duplicate": 1,
         "unreadable": 2,
     }
-    assert manifest.cut_dropped == {"snippet_too_short": 1}
-    assert manifest.files_seen == 40 + len(bad) + 2
+    assert manifest.cut_dropped == {"line_too_long": 1, "snippet_too_short": 1}
+    assert manifest.files_seen == 41 + len(bad) + 2
     assert manifest.files_seen == sum(split.files for split in manifest.splits.values()) + 10
 
 

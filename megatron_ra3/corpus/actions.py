@@ -12,30 +12,32 @@ from megatron_ra3.latents import LatentFormat, Snippet
 from megatron_ra3.presets import Granularity
 
 
-def regroup(snippet: Snippet, code: Sequence[str], granularity: Granularity, latent_format: LatentFormat) -> Snippet:
+def regroup(
+    snippet: Snippet, code: Sequence[str], granularity: Granularity, latent_format: LatentFormat, comment: str = "#"
+) -> Snippet:
     """Turn a snippet of lines into one of actions; `code` holds the text of each of its lines.
 
-    A native rationale survives where it stands before the first line of an action.
+    `comment` is the sign of a full-line comment in the snippet's language. A native rationale survives where it stands before the first line of an action.
     ValueError: `token` with a surface form that has no gate inside a line.
     """
     match granularity:
         case "line":
             return snippet
         case "statement":
-            return latent_format.merge(snippet, statement_sizes(code))
+            return latent_format.merge(snippet, statement_sizes(code, comment))
         case "snippet":
             return latent_format.merge(snippet, [len(snippet.lines)])
         case "token":
             return latent_format.split(snippet)
 
 
-def statement_sizes(code: Sequence[str]) -> list[int]:
+def statement_sizes(code: Sequence[str], comment: str = "#") -> list[int]:
     """How many logical lines each statement takes.
 
     A block without blocks inside it is one statement together with the line that opens it. Any other line is one by
     itself, also the opening line of a block that encloses others.
     """
-    indents = [len(row) - len(row.lstrip()) for row in map(_first_row_of_code, code)]
+    indents = [len(row) - len(row.lstrip()) for row in (_first_row_of_code(text, comment) for text in code)]
     sizes = []
     start = 0
     while start < len(code):
@@ -49,6 +51,7 @@ def statement_sizes(code: Sequence[str]) -> list[int]:
     return sizes
 
 
-def _first_row_of_code(text: str) -> str:
+def _first_row_of_code(text: str, comment: str) -> str:
     """A line may come with blank rows and comments above it."""
-    return next(row for row in text.split("\n") if row.strip() and not row.lstrip().startswith("#"))
+    rows = text.split("\n")
+    return next((row for row in rows if row.strip() and not row.lstrip().startswith(comment)), rows[-1])

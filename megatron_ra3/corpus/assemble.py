@@ -29,7 +29,7 @@ class Plan:
     """What becomes of every staged file; all arrays but `starts` are [files].
 
     `starts` [batches + 1] holds the number of each batch's first file, `snippets` how many each file has, `fate` one of
-    KEPT, DUPLICATE and NEAR_DUPLICATE, `repo` a hash of its repository.
+    KEPT, DUPLICATE and NEAR_DUPLICATE, `repo` a hash of its repository; a file of none is one of its own.
     """
 
     batches: tuple[Path, ...]
@@ -73,7 +73,7 @@ def plan_corpus(batches: Sequence[Path], heldout_fraction: float, similarity: fl
         files = load_batch(path).files
         digests += [bytes.fromhex(file.sha256[:32]) for file in files]
         snippets += [len(file.snippets) for file in files]
-        repos += [_repo_hash(file.repo) for file in files]
+        repos += [_repo_hash(file.repo or file.sha256) for file in files]
         starts.append(len(snippets))
     fate = np.full(len(snippets), KEPT, np.int8)
     if similarity is not None and snippets:

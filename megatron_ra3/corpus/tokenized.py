@@ -73,7 +73,7 @@ class SnippetTokenizer:
             return None
         native = tuple(self._short(rationale) for rationale in whole.native[:kept])
         cut = Snippet(whole.snippet_id, whole.prompt, whole.lines[:kept], native)
-        return regroup(cut, [text for _, text in lines[:kept]], self.granularity, self.format)
+        return regroup(cut, [text for _, text in lines[:kept]], self.granularity, self.format, comment)
 
     def _short(self, rationale: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if rationale is None or len(rationale) + len(self.format.close) > self.max_rationale_tokens:
