@@ -122,7 +122,7 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
     every collective. ValueError: tp·pp does not divide the number of processes.
     """
     cpu.enable()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     timeout = dt.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
@@ -141,7 +141,7 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_s / 60,
     )
-    _seed(seed, tensor_parallel)
+    seed_generators(seed)
     on_gloo = dist.get_backend() == "gloo"
     return ParallelLayout(
         rank=dist.get_rank(),
@@ -181,8 +181,10 @@ def _join(timeout: dt.timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _seed(seed: int, tensor_parallel: Any) -> None:
-    """Seed torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+def seed_generators(seed: int) -> None:
+    """Seed python, numpy, torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+    from megatron.core import tensor_parallel
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
