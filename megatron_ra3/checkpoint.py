@@ -28,6 +28,7 @@ from megatron_ra3.manifest import (
     damage,
     finished,
     read_manifest,
+    remove,
     rename_damaged,
     set_aside,
     sha256,
@@ -271,13 +272,6 @@ class Checkpoints:
                 f"({_free_bytes(self.folder)} bytes free); earlier checkpoints are untouched: free space or set "
                 "run_folder to another disk, then start again"
             ) from failure
-
-
-def remove(checkpoint: Path) -> None:
-    """Hide, then delete: a kill in between leaves no half checkpoint to fall back to, and the next save goes on."""
-    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

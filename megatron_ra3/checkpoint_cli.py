@@ -35,7 +35,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_list(arguments: argparse.Namespace) -> int:
     """Print a table; sizes of files are checked, their content is not."""
-    print(f"{'checkpoint':<24}{'phase':<12}{'round':>5}{'MB':>12}{'age':>10}  {'layout':<16}state")
+    print(f"{'checkpoint':<24}{'after':<22}{'MB':>12}{'age':>10}{'tp x pp x dp':>14}  state")
     for path in _checkpoints(arguments.folder):
         print(_row(path))
     for path in set_aside(_parent(arguments.folder)):
@@ -89,23 +89,13 @@ def _row(path: Path) -> str:
         manifest = read_manifest(path)
     except ValueError as error:
         return f"{path.name:<24}{str(error).partition(': ')[2]}"
-    config, layout, progress = manifest["config"], manifest["layout"], manifest["progress"]
-    phase, number = _phase(config, progress)
+    layout = manifest["layout"]
     sizes = "x".join(str(layout[name]) for name in ("tensor", "pipeline", "data"))
     age_s = time.time() - (path / "manifest.json").stat().st_mtime
     return (
-        f"{path.name:<24}{phase:<12}{number:>5}{_megabytes(manifest):>12.1f}{_age(age_s):>10}  "
-        f"{'tp x pp x dp ' + sizes:<16}{'sizes are right' if 'sha256' in manifest else 'sizes are right, no checksums'}"
+        f"{path.name:<24}{manifest.get('at', '-'):<22}{_megabytes(manifest):>12.1f}{_age(age_s):>10}{sizes:>14}  "
+        f"{'sizes are right' if 'sha256' in manifest else 'sizes are right, no checksums'}"
     )
-
-
-def _phase(config: dict[str, Any], progress: dict[str, Any]) -> tuple[str, int]:
-    from megatron_ra3.config import build
-    from megatron_ra3.schedule import phases
-
-    planned = phases(build(config))
-    phase = planned[min(progress["phase"], len(planned) - 1)]
-    return phase.name, phase.round
 
 
 def _megabytes(manifest: dict[str, Any]) -> float:

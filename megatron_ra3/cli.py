@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
+    from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
 
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("config", type=Path, help="YAML file of the run; model.folder is what is imported")
     importing.add_argument("overrides", nargs="*", metavar="key=value")
     importing.set_defaults(run=_import)
+
+    checkpoint = commands.add_parser("checkpoint", help="list, verify or prune the checkpoints of a run")
+    add_checkpoint_arguments(checkpoint)
 
     report = commands.add_parser("report", help="compare finished runs in a table")
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Hide, then delete: a kill in between leaves no half checkpoint to fall back to, and the next save goes on."""
+    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def superseded(checkpoints: Sequence[Path], *, keep_last: int, keep_every_steps: int) -> list[Path]:

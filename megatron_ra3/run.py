@@ -349,6 +349,7 @@ class Run:
         }
         replicas = self.layout.gather_from_leaders(replica)  # a collective, so before anything that can fail
         return self._identity | {
+            "at": self._step_label,
             "progress": self.progress.to_json(),
             "stream": self.train.state_dict(),
             "replicas": replicas,

@@ -272,7 +272,8 @@ def test_settings_that_alter_no_state_may_change(layout):
     changed = (
         "run_folder=other", "corpus.folder=moved", "corpus.tokenizer=moved", "corpus.verify_checksums=false",
         "model.folder=moved", "parallel.micro_batch_tokens=99", "parallel.timeout_s=9", "evaluate.samples_shown=9",
-        "parallel.tensor=2", "parallel.pipeline=2", "engine.kind=vllm", "checkpoint.every_steps=9", "logging.wandb_project=p", "em.rounds=3",
+        "parallel.tensor=2", "parallel.pipeline=2",
+        "engine.kind=vllm", "checkpoint.every_steps=9", "logging.wandb_project=p", "em.rounds=3",
     )  # fmt: skip
     check_compatible(Path("c"), _identity("em.rounds=2", layout=layout), _identity(*changed, layout=layout))
 
