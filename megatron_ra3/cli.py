@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
+    from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
@@ -66,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
     checkpoint = commands.add_parser("checkpoint", help="list, verify or prune the checkpoints of a run")
     add_checkpoint_arguments(checkpoint)
+
+    chaos = commands.add_parser("chaos", help="break small runs at random and compare them with unbroken ones")
+    add_chaos_arguments(chaos)
+    chaos.set_defaults(run=run_chaos)
 
     report = commands.add_parser("report", help="compare finished runs in a table")
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")

@@ -227,6 +227,9 @@ class RunConfig:
     run_folder: str = ""
     """Checkpoints, metrics, samples and logs of this run."""
     seed: int = 0
+    stall_timeout_s: float = 900.0
+    """If positive: where no rank moves for so long, all write their stacks and end with status 76, to be started again
+    (docs/durability.md). Keep it below `parallel.timeout_s`, after which a collective fails without telling why."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -433,6 +436,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "seed",
+    "stall_timeout_s",
     "warmup.steps",
     "mstep.steps",
     "estep.steps",
