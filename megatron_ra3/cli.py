@@ -15,7 +15,10 @@ from megatron_ra3.config import load_config
 from megatron_ra3.rollout.engine import EngineError
 
 STOPPED = 75
-"""Exit status of a run that saved and left because it was asked to: start it again."""
+"""Exit status of a run that saved and left because it was asked to: start it again.
+
+So is one that ended with 76, because nothing moved any more (`stall.STALLED`).
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.stall import ACTIVITY
+
 FORMAT_VERSION = 1
 _FINISHED = "step-" + "[0-9]" * 8
 _DAMAGED = "damaged-"
@@ -91,6 +93,7 @@ def damage(checkpoint: Path) -> list[str]:
 
 def sha256(path: Path) -> str:
     """Checksum of a file's content."""
+    ACTIVITY.moved()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -39,6 +39,7 @@ from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
+from megatron_ra3.stall import ACTIVITY, Watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends before it takes the machine back, and Ctrl-C."""
@@ -104,6 +105,9 @@ class Run:
             limit_s=config.checkpoint.wall_clock_limit_s, margin_s=config.checkpoint.stop_before_s
         )
         manifest = Path(config.corpus.folder) / "manifest.json"
+        self._watchdog: Watchdog | None = None
+        if config.stall_timeout_s:
+            self._watchdog = Watchdog(self.folder / "stalls", layout.rank, layout.world_size, config.stall_timeout_s)
         self._identity = identity(
             config,
             layout,
@@ -124,6 +128,9 @@ class Run:
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
+        ACTIVITY.moved("resuming")
+        if self._watchdog is not None:
+            self._watchdog.start()
         self._restore()
         take_fallbacks()
         for number in STOP_SIGNALS:
@@ -144,6 +151,8 @@ class Run:
         self.heldout.close()
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
+        if self._watchdog is not None:
+            self._watchdog.close()
         parallel.destroy()
 
     # Phases and steps
@@ -160,6 +169,7 @@ class Run:
         while self.progress.step < phase.steps:
             self._step_started = time.monotonic()
             self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
+            ACTIVITY.moved(self._step_label)
             yield self.progress.step
 
     def end_phase(self, phase: Phase) -> None:
@@ -233,6 +243,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Save, export to Hugging Face format, and write the summary, which stands for: nothing ran since."""
+        ACTIVITY.moved("finish")
         self.save()
         export, summary_path = self.folder / "export", self.folder / "summary.json"
         if self.layout.any_rank(self.layout.rank == 0 and not (summary_path.is_file() and export.is_dir())):

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ra3.model import parallel
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.stall import ACTIVITY
 
 PROBE_BYTES = 1 << 20
 """What must fit before a save begins: rank 0 writes a small file in the middle of Megatron's collectives, and were it
@@ -64,6 +65,7 @@ class StagedState:
         transforms = self._request.async_fn.args[0]
         results: dict[int, Any] = {}
         for index, bucket in enumerate(self._buckets):
+            ACTIVITY.moved()
             done, outcome = queue.Queue[int](), queue.Queue[Any]()
             done.put(index)
             FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, done, use_fsync=True)
