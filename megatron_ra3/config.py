@@ -174,12 +174,20 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save, and what to keep (docs/durability.md)."""
 
     every_steps: int = 50
+    asynchronous: bool = True
+    """Training waits for a copy of the state only; otherwise until it is on disk."""
     keep_last: int = 2
+    keep_every_steps: int = 0
+    """If positive: checkpoints of steps that this divides are never removed."""
     stop_after_steps: int = 0
     """If positive: save and leave after this many steps of this process (for time-limited jobs)."""
+    wall_clock_limit_s: float = 0.0
+    """If positive: save and leave before this process is so old. SLURM_JOB_END_TIME counts too, where it is set."""
+    stop_before_s: float = 60.0
+    """What to keep free before either end, besides the longest step and the longest save so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +227,9 @@ class RunConfig:
     run_folder: str = ""
     """Checkpoints, metrics, samples and logs of this run."""
     seed: int = 0
+    stall_timeout_s: float = 900.0
+    """If positive: where no rank moves for so long, all write their stacks and end with status 76, to be started again
+    (docs/durability.md). Keep it below `parallel.timeout_s`, after which a collective fails without telling why."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -425,6 +436,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "seed",
+    "stall_timeout_s",
     "warmup.steps",
     "mstep.steps",
     "estep.steps",
@@ -449,6 +461,9 @@ _NOT_NEGATIVE = (
     "signatures.max_heldout_rise",
     "optimizer.weight_decay",
     "checkpoint.stop_after_steps",
+    "checkpoint.keep_every_steps",
+    "checkpoint.wall_clock_limit_s",
+    "checkpoint.stop_before_s",
     "engine.port",
 )
 _FRACTIONS = (
