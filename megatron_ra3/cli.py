@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
+    from megatron_ra3.bench.stream import add_stream_arguments, run_stream
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
     from megatron_ra3.corpus.prepare import add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     logprob = benches.add_parser("logprob", help="log-likelihoods from hidden states: our kernels beside their peers")
     add_logprob_arguments(logprob)
     logprob.set_defaults(run=run_logprob)
+    stream = benches.add_parser("stream", help="reading a corpus: the exact stream beside plain webdataset")
+    add_stream_arguments(stream)
+    stream.set_defaults(run=run_stream)
     tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)

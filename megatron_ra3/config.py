@@ -23,18 +23,46 @@ from megatron_ra3.presets import ObjectiveConfig, with_preset
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Where the prepared corpus lies (see `ra3 prepare`)."""
+class StreamConfig:
+    """How samples are mixed, read and, where damaged, skipped (docs/stream.md)."""
+
+    shuffle_shards: int = 16
+    """Shards that are open to one another: samples mix among so many at a time."""
+    chunk_samples: int = 64
+    """Neighbouring samples of a shard that one request reads."""
+    window_samples: int = 8192
+    """Samples whose order is drawn at once, from chunks all over those shards; their bytes are held in memory."""
+    max_bad_samples: int = 0
+    """Samples that may be skipped because they are torn, corrupt or out of reach, over all ranks, counted each time
+    one comes up; the next one ends the run."""
+    prefetch_samples: int = 2048
+    """How far ahead of the current step chunks are read, in samples of all ranks."""
+    read_threads: int = 8
+    read_timeout_s: float = 60.0
+    """Longest silence of a storage that is not local before a read has failed."""
+    read_attempts: int = 3
+    """Reads of a storage that is not local before it counts as out of reach; the pauses between them double."""
+    stall_s: float = 5.0
+    """A step that waits longer than this for its samples says for which shard."""
+    cache_folder: str = ""
+    """Local folder for the shards of a `pipe:` corpus, which the ranks of a machine share; empty: a temporary one for
+    each process. Holds up to 2 * `shuffle_shards` + 2 shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(StreamConfig):
+    """Where the prepared corpus lies (see `ra3 prepare`) and how it is read."""
 
     folder: str = ""
-    """Folder with `manifest.json`, shards and their index."""
+    """Folder with `manifest.json`, shards and their index: a path, a URL of fsspec (https://, s3://, ...), or
+    `pipe:COMMAND` with `{name}` in the place of a file's name."""
     tokenizer: str = ""
     """Folder of a Hugging Face fast tokenizer; empty: `model.folder` if `model.init` is `pretrained`, else
     `<corpus.folder>/tokenizer`. A pretrained model that holds a tokenizer takes no other one."""
     max_snippet_tokens: int = 512
     """Longer snippets are cut after the last whole line that fits; tokens, gates included."""
     verify_checksums: bool = True
-    """The first rank compares the sha256 of every file at start."""
+    """The first rank compares the sha256 of every file at start; where the folder is a URL, the sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +278,11 @@ class RunConfig:
         return (3 if self.objective.granularity == "token" else 2) * self.corpus.max_snippet_tokens
 
 
+def is_local(corpus_folder: str) -> bool:
+    """Whether `corpus.folder` is a path of this machine rather than a URL or a pipe."""
+    return "://" not in corpus_folder and not corpus_folder.startswith("pipe:")
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides (values parsed as YAML), validate.
 
@@ -381,6 +414,11 @@ def validate(config: RunConfig) -> None:
             "rationale; set latents.surface=special, or latents.comments=observe or strip"
         )
     _check_objective(config)
+    if config.tokenizer_folder == Path(config.corpus.folder) / "tokenizer" and not is_local(config.corpus.folder):
+        raise ValueError(
+            f"corpus.tokenizer is empty, and corpus.folder={config.corpus.folder} is no local folder to find one in: "
+            "copy the corpus's tokenizer folder here and set corpus.tokenizer to it"
+        )
     longest = config.corpus.max_snippet_tokens - 2
     if latents.max_rationale_tokens > longest:
         raise ValueError(
@@ -400,6 +438,13 @@ def validate(config: RunConfig) -> None:
 
 _POSITIVE = (
     "corpus.max_snippet_tokens",
+    "corpus.shuffle_shards",
+    "corpus.chunk_samples",
+    "corpus.window_samples",
+    "corpus.read_threads",
+    "corpus.read_timeout_s",
+    "corpus.read_attempts",
+    "corpus.stall_s",
     "latents.max_rationale_tokens",
     "parallel.tensor",
     "parallel.pipeline",
@@ -425,6 +470,8 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "seed",
+    "corpus.max_bad_samples",
+    "corpus.prefetch_samples",
     "warmup.steps",
     "mstep.steps",
     "estep.steps",

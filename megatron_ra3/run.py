@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -94,12 +93,11 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=layout
         )
-        manifest = Path(config.corpus.folder) / "manifest.json"
         self._identity = identity(
             config,
             layout,
             model=model_digest(assembly.model.hf_config),
-            corpus=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            corpus=self.train.manifest_sha256,
             tokenizer=assembly.tokenizer.fingerprint,
         )
         self._engine: ServedEngine | None = None
@@ -170,6 +168,8 @@ class Run:
             "round": phase.round,
             **metrics,
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
+            "bad_samples": self.train.bad_samples + self.heldout.bad_samples,
+            "stream_wait_seconds": self.train.take_waited_s() + self.heldout.take_waited_s(),
             "seconds": time.monotonic() - self._step_started,
         }
         fallbacks: Counter[str] = sum(self.layout.gather_from_ranks(take_fallbacks()), Counter())
@@ -338,7 +338,8 @@ class Run:
         problem = None
         try:
             train, heldout = (
-                ShardStream(settings.folder, split, self.config.seed, verify=verify) for split in ("train", "heldout")
+                ShardStream(settings.folder, split, self.config.seed, verify=verify, config=settings)
+                for split in ("train", "heldout")
             )
         except (ValueError, OSError) as error:
             problem = error
@@ -348,8 +349,12 @@ class Run:
         return train, heldout
 
     def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
-        records = stream.take(count, self.layout.dp_rank, self.layout.dp_size)
-        return self.snippet_tokenizer.snippets(records)
+        """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""
+        layout = self.layout
+        records = stream.take(
+            count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
+        )
+        return self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
 
     def _sampler(self, rollouts_per_snippet: int) -> Sampler:
         if rollouts_per_snippet not in self._samplers:
