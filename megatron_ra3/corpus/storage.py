@@ -160,7 +160,9 @@ def attempt(place: str, config: StreamConfig, read: Callable[[], _T], stop: thre
         except Exception as error:  # noqa: BLE001 - every backend of fsspec has its own kinds
             seconds = time.monotonic() - started_s
             reason = " ".join(f"{type(error).__name__} {error}".split())
-            failure = OSError(f"{place}: {number} attempts failed, the last after {seconds:.1f} s ({reason})")
+            failure = OSError(
+                f"{place}: attempt {number} of {config.read_attempts} failed after {seconds:.1f} s ({reason})"
+            )
             failure.__cause__ = error
         if number < config.read_attempts and (stop or threading.Event()).wait(0.5 * 2 ** (number - 1)):
             break
