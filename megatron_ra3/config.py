@@ -46,7 +46,7 @@ class StreamConfig:
     """A step that waits longer than this for its samples says for which shard."""
     cache_folder: str = ""
     """Local folder for the shards of a `pipe:` corpus, which the ranks of a machine share; empty: a temporary one for
-    each process. Holds up to 2 * `shuffle_shards` + 2 shards."""
+    each process. Holds up to 2 * `shuffle_shards` + `read_threads` shards."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class PipeStorage:
         if "{name}" not in self._command:
             raise ValueError(f"corpus.folder={address}: write {{name}} where the command takes the name of a file")
         self._config = config
-        self._capacity = 2 * config.shuffle_shards + 2
+        self._capacity = 2 * config.shuffle_shards + config.read_threads
         self._temporary = None if config.cache_folder else tempfile.TemporaryDirectory(prefix="ra3-shards-")
         self._folder = Path(self._temporary.name if self._temporary else config.cache_folder)
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from megatron_ra3.corpus.reader import Chunk
@@ -29,7 +29,7 @@ class Prefetcher:
         place: names where a chunk lies.
         threads: reads at a time.
         capacity: chunks kept although nobody asked for them at the time; those last asked for stay.
-        stall_s: a wait longer than this is logged.
+        stall_s: a wait longer than this is logged, then at every doubling.
     """
 
     def __init__(
@@ -75,17 +75,13 @@ class Prefetcher:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self, chunk: int, future: Future[Chunk]) -> None:
-        started_s, named = time.monotonic(), False
-        while True:
-            try:
-                future.exception(timeout=self._stall_s)
-                break
-            except TimeoutError:
-                self._stalls += not named
-                named = True
-                log.warning(
-                    "the stream waits for %s since %.0f s (stall %d of this process): slow storage; look there, or "
-                    "raise corpus.prefetch_samples or corpus.read_threads",
-                    self._place(chunk), time.monotonic() - started_s, self._stalls,
-                )  # fmt: skip
+        started_s, patience_s = time.monotonic(), self._stall_s
+        while not wait([future], patience_s).done:
+            self._stalls += patience_s == self._stall_s
+            log.warning(
+                "the stream waits for %s since %.0f s (stall %d of this process): slow storage; look there, or raise "
+                "corpus.prefetch_samples or corpus.read_threads",
+                self._place(chunk), time.monotonic() - started_s, self._stalls,
+            )  # fmt: skip
+            patience_s *= 2
         self.waited_s += time.monotonic() - started_s

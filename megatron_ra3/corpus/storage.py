@@ -182,7 +182,7 @@ def _filesystem(url: str) -> Any:
 
         return fsspec.filesystem(protocol)
     except ImportError as error:
-        extra = {"s3": "s3", "http": "data", "https": "data"}.get(protocol)
+        extra = {"s3": "s3", "s3a": "s3", "http": "data", "https": "data"}.get(protocol)
         fix = f"pip install 'megatron-ra3[{extra}]'" if extra else "install that package"
         raise ValueError(f"corpus.folder={url}: {error}; {fix}") from error
     except ValueError as error:

@@ -206,7 +206,7 @@ class ShardStream:
             return
         samples = self._samples(start + places.start, start + places.stop)[:: places.step]
         chunks = self._reader.chunks_of(samples).tolist()
-        self._announce(start + places.start)
+        self._announce(start + places.start + self._config.prefetch_samples)
         self._prefetcher.release(start + places.start)
         self._prefetcher.request(chunks, until=start + places.stop)
         self._read_ahead(start, places)
@@ -228,7 +228,7 @@ class ShardStream:
             self._requested = end
 
     def _announce(self, absolute: int) -> None:
-        """Tells the storage which shards come next."""
+        """Tells the storage which shards come next, seen from where reading ahead has come to."""
         epoch, position = divmod(absolute, len(self))
         first, stop = self._order(epoch).shards_wanted(position)
         if self._warmed[0] == epoch:
