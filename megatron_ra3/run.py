@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -104,7 +103,6 @@ class Run:
         self._deadline = Deadline(
             limit_s=config.checkpoint.wall_clock_limit_s, margin_s=config.checkpoint.stop_before_s
         )
-        manifest = Path(config.corpus.folder) / "manifest.json"
         self._watchdog: Watchdog | None = None
         if config.stall_timeout_s:
             self._watchdog = Watchdog(self.folder / "stalls", layout.rank, layout.world_size, config.stall_timeout_s)
@@ -112,7 +110,7 @@ class Run:
             config,
             layout,
             model=model_digest(assembly.model.hf_config),
-            corpus=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            corpus=self.train.manifest_sha256,
             tokenizer=assembly.tokenizer.fingerprint,
         )
         self._engine: ServedEngine | None = None
@@ -204,6 +202,8 @@ class Run:
             "round": phase.round,
             **metrics,
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
+            "bad_samples": self.train.bad_samples + self.heldout.bad_samples,
+            "stream_wait_seconds": self.train.take_waited_s() + self.heldout.take_waited_s(),
             **consumed.to_json(),
             "stream_epoch": self.train.cursor.epoch,
             "stream_position": self.train.cursor.position,
@@ -414,7 +414,8 @@ class Run:
         problem = None
         try:
             train, heldout = (
-                ShardStream(settings.folder, split, self.config.seed, verify=verify) for split in ("train", "heldout")
+                ShardStream(settings.folder, split, self.config.seed, verify=verify, config=settings)
+                for split in ("train", "heldout")
             )
         except (ValueError, OSError) as error:
             problem = error
@@ -424,9 +425,13 @@ class Run:
         return train, heldout
 
     def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
-        records = stream.take(count, self.layout.dp_rank, self.layout.dp_size)
+        """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""
+        layout = self.layout
+        records = stream.take(
+            count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
+        )
         self._consume(record.id for record in records)
-        return self.snippet_tokenizer.snippets(records)
+        return self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
 
     def _consume(self, ids: Iterable[str]) -> None:
         if self.layout.is_replica_leader:

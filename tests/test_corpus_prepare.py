@@ -65,14 +65,14 @@ def tree(folder):
 
 def test_equal_input_gives_equal_bytes_whatever_the_workers(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "BATCH_DOCUMENTS", 6)
-    outs = [tmp_path / name for name in ("one", "two", "three")]
-    for out, workers in zip(outs, (1, 2, 3), strict=True):
+    outs = [tmp_path / name for name in ("one", "two")]
+    for out, workers in zip(outs, (1, 2), strict=True):
         prepare(config(sources, out, tokenizer_vocab=300, workers=workers))
     found = [tree(out) for out in outs]
     assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json", "report.html"} <= set(
         found[0]
     )
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_counts_and_split_by_repository(sources, tmp_path):
@@ -179,7 +179,7 @@ def test_every_file_that_is_left_out_is_counted(sources, tmp_path):
 
 
 def test_deep_nesting_is_unparsable(sources, tmp_path):
-    (sources / "deep.py").write_text("(" * 5000 + ")" * 5000)
+    (sources / "deep.py").write_text("(a +\n" * 5000 + "a" + ")\n" * 5000)
     assert prepare(config(sources, tmp_path / "out")).files_dropped == {"unparsable": 1}
 
 
@@ -204,7 +204,7 @@ def test_text_is_decoded_as_the_interpreter_does():
 
 def test_empty_corpus_says_what_was_looked_at(sources, tmp_path):
     for path in sources.rglob("*.py"):
-        path.write_text("def f(:\n" + "#" * int(path.stem[1:]))
+        path.write_text("def f(:\n" + "a" * int(path.stem[1:]))
     with pytest.raises(ValueError, match=r"empty corpus.*src; 40 files seen.*dropped 40 unparsable files"):
         prepare(config(sources, tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
@@ -366,7 +366,7 @@ def test_command_line(sources, tmp_path, capsys):
 def test_standard_library_leaves_out_tests(tmp_path):
     parser = argparse.ArgumentParser()
     add_prepare_arguments(parser)
-    run_prepare(parser.parse_args(["--stdlib", "--out", str(tmp_path), "--limit-files", "40"]))
+    run_prepare(parser.parse_args(["--stdlib", "--out", str(tmp_path), "--limit-files", "40", "--workers", "1"]))
     names = {record.source for split in ("train", "heldout") for record in read_all(tmp_path, split)}
     assert {"abc.py", "ast.py", "argparse.py"} <= names
     assert not any("test" in Path(name).parts for name in names)

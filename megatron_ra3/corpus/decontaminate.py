@@ -7,7 +7,7 @@ tutorials, evaluation harnesses and answer collections, as they are, reformatted
 import ast
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ra3.corpus.benchmarks import BenchmarkTask, read_tasks
-from megatron_ra3.corpus.ngrams import Hashes, ngram_hashes, are_names, word_hashes
+from megatron_ra3.corpus.ngrams import Hashes, are_names, ngram_hashes, word_hashes
 from megatron_ra3.corpus.normal_form import functions, normal_form
 
 NGRAM_WORDS = 13

@@ -58,7 +58,9 @@ _ALIASES = {
     "public-domain": "public-domain",
     "zlib-libpng": "zlib",
 }
-_NOTHING_SAID = frozenset({"", "none", "null", "nan", "unknown", "no-license", "noassertion", "other", "other-proprietary"})
+_NOTHING_SAID = frozenset(
+    {"", "none", "null", "nan", "unknown", "no-license", "noassertion", "other", "other-proprietary"}
+)
 
 _SEPARATORS = re.compile(r"[,;|\[\]'\"]|\s(?:and|or)\s|(?<!\w)(?:and|or)(?!\w)|[()]{2,}", re.IGNORECASE)
 _EXCEPTION = re.compile(r"\s+with\s+.*", re.IGNORECASE)

@@ -56,7 +56,9 @@ _NEWER_KINDS = {
 _KEY_BLOCK = re.compile(r"(-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY(?: BLOCK)?-----)(.{32,20000}?)(?=-----END \2)", re.DOTALL)
 # An escape such as \n is no part of the base64 text that follows it.
 _KEY_TEXT = re.compile(r"(\\[A-Za-z])|[A-Za-z0-9+/]{12,}={0,2}")
-_PASSWORD_IN_URL = re.compile(r"(?<=://)([^:/?#\[\]@!$&'()*+,;=\s\"<>]+):([^:/?#\[\]@!$&'()*+,;=\s\"<>\\{}%]+)(?=@[\w.])")
+_PASSWORD_IN_URL = re.compile(
+    r"(?<=://)([^:/?#\[\]@!$&'()*+,;=\s\"<>]+):([^:/?#\[\]@!$&'()*+,;=\s\"<>\\{}%]+)(?=@[\w.])"
+)
 _SHOWN_IN_DOCUMENTS = frozenset({"pass", "passwd", "password", "pw", "pwd", "secret", "token", "xxx", "xxxx"})
 
 _AFTER_AT = re.compile(r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+)([A-Za-z]{2,18})(?![\w(\[@:/-]|\.\w)")
@@ -64,8 +66,63 @@ _BEFORE_AT = re.compile(r"(?<!\\)[A-Za-z0-9](?:[\w.%+-]*[A-Za-z0-9_])?\Z", re.AS
 _LONGEST_LOCAL_PART = 64
 # `a@b.mean` multiplies matrices: only what ends in one of these, or in a country's two letters, is an address.
 _DOMAINS = frozenset(
-    "ai app biz ca ch cn co com de dev edu email es eu fr gov in info int io it jp me mil name net nl no org pl pro ru "
-    "se uk us at au be br cz dk fi hk hu ie il kr mx nz pt sg tr tw ua za".split()
+    [
+        "ai",
+        "app",
+        "biz",
+        "ca",
+        "ch",
+        "cn",
+        "co",
+        "com",
+        "de",
+        "dev",
+        "edu",
+        "email",
+        "es",
+        "eu",
+        "fr",
+        "gov",
+        "in",
+        "info",
+        "int",
+        "io",
+        "it",
+        "jp",
+        "me",
+        "mil",
+        "name",
+        "net",
+        "nl",
+        "no",
+        "org",
+        "pl",
+        "pro",
+        "ru",
+        "se",
+        "uk",
+        "us",
+        "at",
+        "au",
+        "be",
+        "br",
+        "cz",
+        "dk",
+        "fi",
+        "hk",
+        "hu",
+        "ie",
+        "il",
+        "kr",
+        "mx",
+        "nz",
+        "pt",
+        "sg",
+        "tr",
+        "tw",
+        "ua",
+        "za",
+    ]
 )
 _RESERVED = re.compile(r"(?:\A|\.)(?:example\.(?:com|net|org|edu)|localhost\.localdomain)\Z", re.IGNORECASE)
 
