@@ -71,7 +71,9 @@ class _Writer:
         fields = ("targets", "value") if isinstance(node, ast.AnnAssign) else node._fields
         for field in fields:
             if field not in _NOT_CODE:
-                value = [node.target] if isinstance(node, ast.AnnAssign) and field == "targets" else getattr(node, field)
+                value = (
+                    [node.target] if isinstance(node, ast.AnnAssign) and field == "targets" else getattr(node, field)
+                )
                 self._write_value(field, value)
         self.parts.append(")")
 
