@@ -22,11 +22,13 @@ from megatron_ra3.chaos.launch import Handicap, Ranks
 from megatron_ra3.chaos.world import make_corpus, settings
 from megatron_ra3.manifest import damage, finished
 from megatron_ra3.report.summary import read_metrics
+from megatron_ra3.stall import STALLED
 
 TIMEOUT_S = 300.0
+STALL_TIMEOUT_S = 5
 MOST_STARTS = 4
 """Starts after the faults within which a run must end; a save or stop may be due more than once."""
-GO_ON = {75, 76}
+GO_ON = {75, STALLED}
 """Exit codes after which a launcher is told to start the command again."""
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
@@ -77,7 +79,7 @@ class World:
             self.folder / name,
             f"checkpoint.every_steps={every_steps}",
             "checkpoint.keep_last=3",
-            "stall_timeout_s=3",
+            f"stall_timeout_s={STALL_TIMEOUT_S}",
             *overrides,
         )
         config = self.folder / "empty.yaml"
