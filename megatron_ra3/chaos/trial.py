@@ -168,17 +168,19 @@ def add_chaos_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_chaos(arguments: argparse.Namespace) -> int:
     """Run the trials; 1 where one did not end as the uninterrupted run."""
+    faults = [fault for fault in FAULTS if fault.name in arguments.faults]
+    most_ranks = max(LAYOUTS[name][0] for name in arguments.layouts)
+    for fault in faults:
+        if fault.least_ranks > most_ranks:
+            raise ValueError(f"--faults {fault.name}: needs a layout of {fault.least_ranks} ranks")
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="ra3-chaos-")) if arguments.folder is None else arguments.folder
     world = World.build(folder, arguments.layouts)
-    faults = [fault for fault in FAULTS if fault.name in arguments.faults]
     outcomes = []
     for number in range(arguments.trials):
         draw = random.Random(f"{arguments.seed}:{number}")
         fault = faults[number % len(faults)]
         fitting = [name for name in arguments.layouts if LAYOUTS[name][0] >= fault.least_ranks]
-        if not fitting:
-            raise ValueError(f"--faults {fault.name}: needs a layout of {fault.least_ranks} ranks")
         name = f"trial-{number:05d}"
         outcome = run_trial(world, name, fault, draw.choice(fitting), draw)
         outcomes.append(outcome)
