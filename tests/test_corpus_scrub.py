@@ -64,6 +64,10 @@ def test_a_secret_access_key_is_known_by_its_name():
     assert counts == {"aws_key": 1}
 
 
+def test_an_escape_before_a_secret_is_no_part_of_it():
+    assert scrub(rf"x = 'a\n{SECRETS['aws_key']}'") == (r"x = 'a\nAWS_KEY'", {"aws_key": 1})
+
+
 def test_of_a_private_key_only_the_base64_text_goes():
     begin, end = glue("-----BEGIN RSA ", "PRIVATE KEY-----"), glue("-----END RSA ", "PRIVATE KEY-----")
     rows = [LETTERS, LETTERS[::-1], "c2hvcnQgcm93IGF0IGVuZA=="]
@@ -81,6 +85,7 @@ def test_of_a_private_key_only_the_base64_text_goes():
         ("# Jane Doe <jane.doe@corp.co.uk>, 2020", f"# Jane Doe <{EMAIL}>, 2020"),
         ("x = 'a@gmail.com; b+c@mail.tamu.edu'", f"x = '{EMAIL}; {EMAIL}'"),
         (r"x = 'a\njoe@corp.com'", rf"x = 'a\n{EMAIL}'"),
+        (r"x = 'pers\udcfan@corp.com'", rf"x = 'pers\udcfa{EMAIL}'"),
         ("# mailto:joe@corp.com.", f"# mailto:{EMAIL}."),
     ],
 )
@@ -95,6 +100,8 @@ def test_addresses_are_replaced(before, after):
     [
         "y = a@b.mean\nz = x@w.T\nv = x@self.weight @ c",
         "y = a@b.at[0]\nz = a@b.to(c)",
+        r"pattern = r'\d@corp.com|\w+@corp.com'",
+        "dna = 'AAAACCATCTCTACCGGTTCGCTTTCACTGG'",
         "@app.route\ndef f(): pass",
         "# user@example.com, x@mail.example.org",
         "url = 'git@github.com:me/repo'\nu = 'ssh://me@github.com/x'\np = 'http://user:password@host.com/'",

@@ -6,7 +6,6 @@ tutorials, evaluation harnesses and answer collections, as they are, reformatted
 
 import ast
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +48,12 @@ class _Index:
 class Benchmarks:
     """What identifies the tasks of benchmarks; pickles to 12 bytes per n-gram.
 
-    `counts` says what the files held: `tasks`, `ngrams`, `boilerplate_ngrams` (dropped), `functions`,
-    `boilerplate_functions` (dropped) and `unparsable_solutions` (known by their n-grams only).
+    `counts` says what the files held: `tasks`, `ngrams`, `short_texts` and `functions` that identify a task,
+    `boilerplate_ngrams` and `boilerplate_functions` that do not, `unparsable_solutions` known by n-grams only.
+
+    Of HumanEval's prompts 163 of 164 are found alone, of MBPP's 958 of 974 (the others have fewer than eight words, or
+    than seven names); of their solutions without docstring and with every name changed, 118 of 164 and 486 of 974: the
+    rest are too small to tell from ordinary code.
     """
 
     ngram_words: int
@@ -171,19 +174,19 @@ class _Builder:
         short = {key: tasks for key, tasks in self._short_texts.items() if len(tasks) <= self._max_tasks}
         kept = {key: tasks for key, tasks in self._functions.items() if len(tasks) <= self._max_tasks}
         openings = np.unique(np.array([hash_ for tasks in short.values() for hash_ in tasks.values()], np.uint64))
-        counts = Counter(
-            tasks=len(task_ids),
-            ngrams=len(ngrams.hashes),
-            boilerplate_ngrams=boilerplate_ngrams,
-            short_texts=len(short),
-            functions=len(kept),
-            boilerplate_functions=len(self._functions) - len(kept),
-            unparsable_solutions=self._unparsable,
-        )
+        counts = {
+            "tasks": len(task_ids),
+            "ngrams": len(ngrams.hashes),
+            "boilerplate_ngrams": boilerplate_ngrams,
+            "short_texts": len(short),
+            "functions": len(kept),
+            "boilerplate_functions": len(self._functions) - len(kept),
+            "unparsable_solutions": self._unparsable,
+        }
         return Benchmarks(
             ngram_words=self._ngram_words,
             task_ids=task_ids,
-            counts=dict(counts),
+            counts=counts,
             _ngrams=ngrams,
             _openings=_Index(openings, np.zeros(len(openings), np.int32)),
             _short_texts={key: min(tasks) for key, tasks in short.items()},

@@ -59,6 +59,7 @@ _OWN_PATTERNS = {
     "npm_token": (":_authToken=", re.compile(r"(?<=:_authToken=)(?:npm_\w+|[A-Fa-f0-9-]{36})")),
 }
 
+_WORD_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
 _KEY_BLOCK = re.compile(r"(-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY(?: BLOCK)?-----)(.{32,20000}?)(?=-----END \2)", re.DOTALL)
 # An escape such as \n is no part of the base64 text that follows it.
 _KEY_TEXT = re.compile(r"(\\[A-Za-z])|[A-Za-z0-9+/]{12,}={0,2}")
@@ -68,7 +69,8 @@ _PASSWORD_IN_URL = re.compile(
 _SHOWN_IN_DOCUMENTS = frozenset({"pass", "passwd", "password", "pw", "pwd", "secret", "token", "xxx", "xxxx"})
 
 _AFTER_AT = re.compile(r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+)([A-Za-z]{2,18})(?![\w(\[@:/-]|\.\w)")
-_BEFORE_AT = re.compile(r"(?<!\\)[A-Za-z0-9](?:[\w.%+-]*[A-Za-z0-9_])?\Z", re.ASCII)
+_BEFORE_AT = re.compile(r"(\\?)([A-Za-z0-9](?:[\w.%+-]*[A-Za-z0-9_])?)\Z", re.ASCII)
+_ESCAPE = re.compile(r"[abfnrtv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}")
 _LONGEST_LOCAL_PART = 64
 # `a@b.mean` multiplies matrices: only what ends in one of these is taken for an address.
 _DOMAINS = frozenset(
@@ -108,8 +110,9 @@ def _replace_detected(text: str, kind: _Kind, counts: Counter[str]) -> str:
     for number, row in enumerate(rows):
         if any(part in row for part in kind.needs):
             for secret in sorted(set(find(row)), key=lambda secret: (-len(secret), secret)):
-                # Some tokens have grown since their pattern was written: what continues a secret belongs to it.
-                pattern = re.escape(secret) + r"[\w-]*"
+                # What begins inside a word is chance, as in strings of DNA; what continues a secret belongs to it, for
+                # some tokens have grown since their pattern was written.
+                pattern = rf"{_WORD_START}{re.escape(secret)}[\w-]*"
                 rows[number], count = re.subn(pattern, kind.name.upper(), rows[number], flags=re.ASCII)
                 counts[kind.name] += count
     return "\n".join(rows)
@@ -142,13 +145,23 @@ def _without_emails(text: str, counts: Counter[str]) -> str:
     done = 0
     for match in _AFTER_AT.finditer(text):
         before = text[max(done, match.start() - _LONGEST_LOCAL_PART) : match.start()]
-        local = _BEFORE_AT.search(before)
-        if local is None or not _is_personal(before[: local.start()], local[0], match):
-            continue
-        parts += [text[done : match.start() - len(local[0])], EMAIL]
-        done = match.end()
-        counts["email"] += 1
+        local = _local_part(before)
+        if local and _is_personal(before.removesuffix(local), local, match):
+            parts += [text[done : match.start() - len(local)], EMAIL]
+            done = match.end()
+            counts["email"] += 1
     return "".join([*parts, text[done:]])
+
+
+def _local_part(before: str) -> str:
+    """The local part of an address at the end of `before`, or ''; a string's escape before it is no part of it."""
+    found = _BEFORE_AT.search(before)
+    if found is None:
+        return ""
+    if not found[1]:
+        return found[2]
+    escape = _ESCAPE.match(found[2])
+    return found[2][escape.end() :] if escape else ""
 
 
 def _is_personal(before: str, local: str, domain: re.Match[str]) -> bool:
