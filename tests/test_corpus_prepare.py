@@ -179,7 +179,7 @@ def test_every_file_that_is_left_out_is_counted(sources, tmp_path):
 
 
 def test_deep_nesting_is_unparsable(sources, tmp_path):
-    (sources / "deep.py").write_text("(a +\n" * 5000 + "a" + ")\n" * 5000)
+    (sources / "deep.py").write_text("(value +\n" * 5000 + "value" + ")\n" * 5000)
     assert prepare(config(sources, tmp_path / "out")).files_dropped == {"unparsable": 1}
 
 
