@@ -42,8 +42,9 @@ def restrict(settings: dict[str, Any], request: dict[str, Any], *, proc_options:
     if proc_options is not None:
         flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
         kernel.mount("proc", "/proc", flags, proc_options)
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as writing:  # noqa: PTH123
-        writing.write("1000")
+    victim = os.open("/proc/self/oom_score_adj", os.O_WRONLY)  # if memory runs out, end this process, not the server
+    os.write(victim, b"1000")
+    os.close(victim)
     os.chdir(settings["folder"])
     _set_limits(request)
     if settings["uid"] is not None:

@@ -6,6 +6,7 @@ the outside how the program ended over a socket that the program never has.
 """
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -115,7 +116,7 @@ def _watch(control: socket.socket, pid: int, proc: str, wall_s: float) -> tuple[
 def _times(proc: str) -> dict[str, float]:
     """Seconds the main thread has run, and has been ready to run while the machine was busy with something else."""
     try:
-        with open(f"{proc}/schedstat", encoding="ascii") as reading:  # noqa: PTH123
+        with open(f"{proc}/schedstat", encoding="utf-8") as reading:  # noqa: PTH123
             ran_ns, waited_ns, _ = reading.read().split()
     except (OSError, ValueError):
         return {"ran_s": 0.0, "waited_s": 0.0}
@@ -143,8 +144,6 @@ def _become_program(
 
 def _arrange_descriptors(descriptors: list[int], reporter: int) -> int:
     """Put stdin, stdout, stderr, channel and job at 0..4 and the reporter after them; close everything else."""
-    import fcntl
-
     moved = [fcntl.fcntl(number, fcntl.F_DUPFD, _FIRST_FREE + 1) for number in (*descriptors, reporter)]
     for target, number in enumerate(moved):
         os.dup2(number, target)
