@@ -1,35 +1,62 @@
 """Checkpoints: one folder per step, one manifest in it, written last and made visible by one rename.
 
-A run that dies while saving leaves a `.saving-` folder that nobody reads and the next save removes; what was saved
-before is never touched. The loader fails closed: another format version, parallel layout, model, corpus, tokenizer or
-configuration is an error that names the difference, because a run resumed on something else goes on silently wrong.
+Saving takes a copy while training waits; a thread per rank writes it and computes checksums, and at a later step, when
+all ranks have written, the manifest is added and the folder gets its name. A run that dies before that leaves a
+`.saving-` folder that nobody reads and the next save removes; what was saved before is never touched. A damaged
+checkpoint is set aside for the newest whole one. The loader fails closed: another format version, model, corpus,
+tokenizer or configuration is an error that names the difference, because a run resumed on something else goes on
+silently wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.manifest import (
+    FORMAT_VERSION,
+    DamagedError,
+    altered,
+    damage,
+    finished,
+    read_manifest,
+    remove,
+    rename_damaged,
+    set_aside,
+    sha256,
+    superseded,
+    sync_folder,
+    write_manifest,
+)
 from megatron_ra3.model.parallel import ParallelLayout
 
-FORMAT_VERSION = 1
 FREE_TO_CHANGE = (
     "engine.",
     "checkpoint.",
     "logging.",
     "signatures.",
     "run_folder",
+    "parallel.tensor",
+    "parallel.pipeline",
     "parallel.micro_batch_tokens",
     "parallel.timeout_s",
+    "stall_timeout_s",
     "corpus.folder",
     "corpus.tokenizer",
     "corpus.verify_checksums",
+    "corpus.max_bad_samples",
+    "corpus.prefetch_samples",
+    "corpus.read_",
+    "corpus.stall_s",
+    "corpus.cache_folder",
     "model.folder",
     "evaluate.samples_shown",
     "em.rounds",
@@ -38,64 +65,203 @@ FREE_TO_CHANGE = (
 
 Of the folders, the content is compared instead, and `model.folder` itself where its weights are read again
 (`em.restart_from_base`, the reference policy). `em.rounds` may only grow, see `check_compatible`.
-`parallel.micro_batch_tokens` changes the order of sums, hence the last bits.
+The layout and `parallel.micro_batch_tokens` change the order of sums, hence the last bits.
 """
-_FINISHED = "step-" + "[0-9]" * 8
+
+
+class StagedState(Protocol):
+    """One rank's share of a training state, copied away from training."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What `write` has written."""
+
+    def write(self) -> None:
+        """Write this rank's share, durably. Runs in a thread, so without collectives. OSError: the disk refuses."""
+
+    def commit(self) -> None:
+        """Complete what all ranks have written; collective, on the thread that trains."""
+
+
+@dataclass
+class _Save:
+    """A save on its way; `seconds` is what it took so far."""
+
+    step: int
+    partial: Path
+    final: Path
+    contents: dict[str, Any]
+    started: float
+    staged: StagedState | None = None
+    failure: Exception | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        self.thread = threading.Thread(target=self._write, name=f"save-{self.final.name}", daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
+        assert self.staged is not None
+        try:
+            self.staged.write()
+            self.digests = {path.relative_to(self.partial).as_posix(): sha256(path) for path in self.staged.files}
+        except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
+            self.failure = error
+
+    def checked(self) -> None:
+        """Wait for this rank's writing and raise what stopped it."""
+        self.thread.join()
+        if self.failure is not None:
+            raise self.failure
 
 
 class Checkpoints:
-    """The checkpoints of one run, oldest first on disk as `step-00000042`.
+    """The checkpoints of one run, oldest first on disk as `step-00000042`. All methods are collective but `abandon`.
 
     Args:
         folder: their parent folder.
         keep_last: older ones are removed after a save.
-        layout: this rank's place; saving and loading are collective.
+        keep_every_steps: except those of a step that this divides; 0: none.
+        layout: this rank's place.
+
+    `longest_save_s` is the longest a save took so far, from the copy to the manifest.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, layout: ParallelLayout) -> None:
+    def __init__(self, folder: Path, *, keep_last: int, keep_every_steps: int = 0, layout: ParallelLayout) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every_steps = keep_every_steps
         self.layout = layout
+        self.longest_save_s = 0.0
+        self._save: _Save | None = None
 
-    def save(self, step: int, manifest: Callable[[], Mapping[str, Any]], write_state: Callable[[Path], None]) -> Path:
-        """Write the state of all ranks, then the manifest, then rename; nothing where `step` is saved already.
+    @property
+    def saving(self) -> bool:
+        """A save is on its way; the same on every rank."""
+        return self._save is not None
 
-        `write_state` gets a folder to create, `manifest` is called once on every rank. OSError, on every rank: saving
-        failed on one of them; earlier checkpoints are whole.
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step-{step:08d}"
+
+    def start(self, step: int, manifest: Callable[[], Mapping[str, Any]], stage: Callable[[Path], StagedState]) -> None:
+        """Copy the state of all ranks and begin to write it; nothing where `step` is saved, or being saved, already.
+
+        `stage` gets a folder to create, `manifest` is called once on every rank. A save still on its way is completed
+        first. OSError, on every rank: saving failed on one of them; earlier checkpoints are whole.
         """
-        final = self.folder / f"step-{step:08d}"
+        if self._save is not None and self._save.step == step:
+            return
+        self.wait()
+        started = time.monotonic()
+        final = self.path(step)
         if self.layout.gather_from_ranks(self.layout.rank == 0 and _is_whole(final))[0]:
-            return final
-        partial = self.folder / f".saving-{final.name}"
+            return
         contents: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step}
+        save = _Save(step, self.folder / f".saving-{final.name}", final, contents, started)
 
         def prepare() -> None:
-            contents.update(manifest())
+            save.contents.update(manifest())
             if self.layout.rank == 0:
                 for leftover in self.folder.glob(".*-step-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-                partial.mkdir(parents=True)
+                save.partial.mkdir(parents=True)
 
-        def finish() -> None:
-            if self.layout.rank == 0:
-                _finish(partial, final, contents)
-                for old in self.finished()[: -self.keep_last]:
-                    _remove(old)
+        def copy() -> None:
+            save.staged = stage(save.partial / "state")
 
-        for work in (prepare, lambda: write_state(partial / "state"), finish):
-            self._together(work, partial, final)
-        return final
+        for work in (prepare, copy):
+            self._together(work, save)
+        save.begin()
+        self._save = save
 
-    def finished(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob(_FINISHED) if (path / "manifest.json").is_file())
+    def poll(self) -> None:
+        """Complete the save on its way if all ranks have written their share; errors as `start`."""
+        if self._save is not None and not self.layout.any_rank(self._save.thread.is_alive()):
+            self.wait()
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, the same on every rank."""
-        newest = self.finished()[-1:] if self.layout.rank == 0 else []
-        return next(iter(self.layout.gather_from_ranks(newest)[0]), None)
+    def wait(self) -> None:
+        """Complete the save on its way, if any, however long it takes; errors as `start`."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        assert save.staged is not None
+        self._together(save.checked, save)
+        self._together(save.staged.commit, save)
+        digests = {
+            name: value for share in self.layout.gather_from_ranks(save.digests) for name, value in share.items()
+        }
+        self._together(lambda: self._publish(save, digests), save)
+        self.longest_save_s = max(self.longest_save_s, time.monotonic() - save.started)
 
-    def _together(self, work: Callable[[], None], partial: Path, final: Path) -> None:
+    def abandon(self) -> None:
+        """Let this rank's writing end and forget the save: the others are not there to complete it."""
+        if self._save is not None:
+            self._save.thread.join()
+            self._save = None
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint without damage, the same on every rank; None: there is no checkpoint.
+
+        All its content is compared with its checksums, every rank reading its share. Damaged ones that are newer are
+        renamed, and said so in one line. ValueError: none is whole, or one has another format version.
+        """
+        found: dict[Path, list[str]] = {}
+        for checkpoint in reversed(self._from_first(finished(self.folder))):
+            problems = self._damage(checkpoint)
+            if not problems:
+                self._set_aside(found, checkpoint)
+                return checkpoint
+            found[checkpoint] = problems
+        kept = self._from_first(set_aside(self.folder))
+        if found or kept:
+            raise ValueError(
+                f"{self.folder} holds no whole checkpoint to go on from: "
+                + "; ".join([problem for problems in found.values() for problem in problems] + [str(p) for p in kept])
+                + "; restore one from a copy, or give the run another run_folder to begin anew"
+            )
+        return None
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        problems: list[str] = []
+        failure: ValueError | OSError | None = None
+        try:
+            manifest = read_manifest(checkpoint)
+            problems = altered(
+                checkpoint, manifest, list(manifest["files"])[self.layout.rank :: self.layout.world_size]
+            )
+        except DamagedError as error:
+            problems = [str(error)]
+        except (ValueError, OSError) as error:
+            failure = error
+        answers = self.layout.gather_from_ranks((problems, failure))
+        for _, refusal in answers:
+            if refusal is not None:
+                raise refusal
+        return list(dict.fromkeys(problem for found, _ in answers for problem in found))
+
+    def _set_aside(self, found: Mapping[Path, Sequence[str]], whole: Path) -> None:
+        if self.layout.rank == 0:
+            for checkpoint, problems in found.items():
+                kept = rename_damaged(checkpoint)
+                print(f"WARNING: {'; '.join(problems)}: kept as {kept.name}, going on from {whole.name}", flush=True)
+        self.layout.barrier("damaged checkpoints set aside")
+
+    def _from_first(self, paths: list[Path]) -> list[Path]:
+        return self.layout.gather_from_ranks(paths if self.layout.rank == 0 else [])[0]
+
+    def _publish(self, save: _Save, digests: Mapping[str, str]) -> None:
+        if self.layout.rank != 0:
+            return
+        write_manifest(save.partial, save.contents, digests)
+        if save.final.exists():  # damaged, or it would not be written again
+            rename_damaged(save.final)
+        save.partial.rename(save.final)
+        sync_folder(self.folder)
+        for old in superseded(finished(self.folder), keep_last=self.keep_last, keep_every_steps=self.keep_every_steps):
+            remove(old)
+
+    def _together(self, work: Callable[[], None], save: _Save) -> None:
         """Do `work` on every rank; where it failed on one, OSError on all at once instead of a timeout."""
         failure: Exception | None = None
         try:
@@ -105,49 +271,23 @@ class Checkpoints:
         problems = self.layout.gather_from_ranks(f"{type(failure).__name__}: {failure}" if failure else "")
         if any(problems):
             if self.layout.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(save.partial, ignore_errors=True)
             raise OSError(
-                f"cannot save checkpoint {final}: {'; '.join(dict.fromkeys(filter(None, problems)))} "
+                f"cannot save checkpoint {save.final}: {'; '.join(dict.fromkeys(filter(None, problems)))} "
                 f"({_free_bytes(self.folder)} bytes free); earlier checkpoints are untouched: free space or set "
                 "run_folder to another disk, then start again"
             ) from failure
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read a manifest and check that every file it lists is there whole.
-
-    ValueError: torn manifest, other format version, missing or cut file; the message names the checkpoint to fall
-    back to, or that there is none.
-    """
-    older = sorted(path.name for path in checkpoint.parent.glob(_FINISHED) if path.name < checkpoint.name)
-    fallback = f"remove it to fall back to {older[-1]}" if older else "there is no older checkpoint to fall back to"
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint}: manifest.json cannot be read ({error}); {fallback}") from error
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"checkpoint {checkpoint}: format version {version}, but this program reads {FORMAT_VERSION}; use the "
-            "program version that wrote it, or export it to Hugging Face there"
-        )
-    for name, size in manifest["files"].items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ValueError(f"checkpoint {checkpoint}: {name} has {found} bytes instead of {size}; {fallback}")
-    return manifest
-
-
 def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose layout, model, corpus, tokenizer or settings differ; ValueError lists every difference.
+    """Refuse a checkpoint whose model, corpus, tokenizer or settings differ; ValueError lists every difference.
 
     `em.rounds` may grow, which adds phases at the end; from 0, or back, it changes those that are done. A setting that
     is younger than the checkpoint counts as its default, which must leave things as they were without it.
     """
     differences = [
         f"{key}: {manifest.get(key)} in the checkpoint, {expected[key]} now"
-        for key in ("layout", "model", "corpus", "tokenizer")
+        for key in ("model", "corpus", "tokenizer")
         if manifest.get(key) != expected[key]
     ]
     saved = _flat(to_dict(RunConfig())) | _flat(manifest["config"])
@@ -176,7 +316,7 @@ def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Ma
 
 
 def identity(config: RunConfig, layout: ParallelLayout, *, model: str, corpus: str, tokenizer: str) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it.
+    """What a checkpoint must share with the run that resumes it, and the layout it was saved by.
 
     `model` comes from `model_digest`; `corpus` and `tokenizer` are fingerprints of their content.
     """
@@ -192,32 +332,9 @@ def model_digest(hf_config: Mapping[str, Any]) -> str:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        read_manifest(checkpoint)
-    except ValueError:
+        return not damage(checkpoint)
+    except (ValueError, OSError):  # whatever it is, saving again is right, or reports it
         return False
-    return True
-
-
-def _remove(checkpoint: Path) -> None:
-    """Hide, then delete: a kill in between leaves no half checkpoint to fall back to, and the next save goes on."""
-    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest["files"] = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-    with (partial / "manifest.json").open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():  # damaged, or it would not be written again
-        _remove(final)
-    partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def _reads_initial_weights(settings: Mapping[str, Any]) -> bool:

@@ -15,7 +15,10 @@ from megatron_ra3.config import load_config
 from megatron_ra3.rollout.engine import EngineError
 
 STOPPED = 75
-"""Exit status of a run that saved and left because it was asked to: start it again."""
+"""Exit status of a run that saved and left because it was asked to: start it again.
+
+So is one that ended with 76, because nothing moved any more (`stall.STALLED`).
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.prepare import add_prepare_bench_arguments, run_prepare_bench
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
+    from megatron_ra3.bench.stream import add_stream_arguments, run_stream
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
+    from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
+    from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
 
@@ -66,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("overrides", nargs="*", metavar="key=value")
     importing.set_defaults(run=_import)
 
+    checkpoint = commands.add_parser("checkpoint", help="list, verify or prune the checkpoints of a run")
+    add_checkpoint_arguments(checkpoint)
+
+    chaos = commands.add_parser("chaos", help="break small runs at random and compare them with unbroken ones")
+    add_chaos_arguments(chaos)
+    chaos.set_defaults(run=run_chaos)
+
     report = commands.add_parser("report", help="compare finished runs in a table")
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
@@ -86,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     preparing = benches.add_parser("prepare", help="making a corpus: beside a plain pass over its sources")
     add_prepare_bench_arguments(preparing)
     preparing.set_defaults(run=run_prepare_bench)
+    stream = benches.add_parser("stream", help="reading a corpus: the exact stream beside plain webdataset")
+    add_stream_arguments(stream)
+    stream.set_defaults(run=run_stream)
     tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +19,50 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_ra3.presets import ObjectiveConfig, with_preset
+from megatron_ra3.validation import validate
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Where the prepared corpus lies (see `ra3 prepare`)."""
+class StreamConfig:
+    """How samples are mixed, read and, where damaged, skipped (docs/stream.md)."""
+
+    shuffle_shards: int = 16
+    """Shards that are open to one another: samples mix among so many at a time."""
+    chunk_samples: int = 64
+    """Neighbouring samples of a shard that one request reads."""
+    window_samples: int = 8192
+    """Samples whose order is drawn at once, from chunks all over those shards; their bytes are held in memory."""
+    max_bad_samples: int = 0
+    """Samples that may be skipped because they are torn, corrupt or out of reach, over all ranks, counted each time
+    one comes up; the next one ends the run."""
+    prefetch_samples: int = 2048
+    """How far ahead of the current step chunks are read, in samples of all ranks."""
+    read_threads: int = 8
+    read_timeout_s: float = 60.0
+    """Longest silence of a storage that is not local before a read has failed."""
+    read_attempts: int = 3
+    """Reads of a storage that is not local before it counts as out of reach; the pauses between them double."""
+    stall_s: float = 5.0
+    """A step that waits longer than this for its samples says for which shard."""
+    cache_folder: str = ""
+    """Local folder for the shards of a `pipe:` corpus, which the ranks of a machine share; empty: a temporary one for
+    each process. Holds up to 2 * `shuffle_shards` + `read_threads` shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(StreamConfig):
+    """Where the prepared corpus lies (see `ra3 prepare`) and how it is read."""
 
     folder: str = ""
-    """Folder with `manifest.json`, shards and their index."""
+    """Folder with `manifest.json`, shards and their index: a path, a URL of fsspec (https://, s3://, ...), or
+    `pipe:COMMAND` with `{name}` in the place of a file's name."""
     tokenizer: str = ""
     """Folder of a Hugging Face fast tokenizer; empty: `model.folder` if `model.init` is `pretrained`, else
     `<corpus.folder>/tokenizer`. A pretrained model that holds a tokenizer takes no other one."""
     max_snippet_tokens: int = 512
     """Longer snippets are cut after the last whole line that fits; tokens, gates included."""
     verify_checksums: bool = True
-    """The first rank compares the sha256 of every file at start."""
+    """The first rank compares the sha256 of every file at start; where the folder is a URL, the sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +202,20 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save, and what to keep (docs/durability.md)."""
 
     every_steps: int = 50
+    asynchronous: bool = True
+    """Training waits for a copy of the state only; otherwise until it is on disk."""
     keep_last: int = 2
+    keep_every_steps: int = 0
+    """If positive: checkpoints of steps that this divides are never removed."""
     stop_after_steps: int = 0
     """If positive: save and leave after this many steps of this process (for time-limited jobs)."""
+    wall_clock_limit_s: float = 0.0
+    """If positive: save and leave before this process is so old. SLURM_JOB_END_TIME counts too, where it is set."""
+    stop_before_s: float = 60.0
+    """What to keep free before either end, besides the longest step and the longest save so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +255,9 @@ class RunConfig:
     run_folder: str = ""
     """Checkpoints, metrics, samples and logs of this run."""
     seed: int = 0
+    stall_timeout_s: float = 900.0
+    """If positive: where no rank moves for so long, all write their stacks and end with status 76, to be started again
+    (docs/durability.md). Keep it below `parallel.timeout_s`, after which a collective fails without telling why."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -363,186 +402,3 @@ def _number(dotted: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{dotted}: must be a number, got {text!r}") from None
-
-
-def validate(config: RunConfig) -> None:
-    """Check ranges and clashes; ValueError names the keys and the fix."""
-    _check_ranges(config)
-    engine, latents = config.engine, config.latents
-    for key, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0), ("temperature", 1.0)):
-        if getattr(engine, key) != neutral:
-            raise ValueError(
-                f"engine.{key}={getattr(engine, key)}: the trainer scores the full law at temperature 1, so engine "
-                f"and trainer log-probs would disagree; set engine.{key}={neutral}"
-            )
-    if latents.surface == "newline" and latents.comments == "keep_as_code":
-        raise ValueError(
-            "latents.surface=newline with latents.comments=keep_as_code: a comment kept as code looks like a "
-            "rationale; set latents.surface=special, or latents.comments=observe or strip"
-        )
-    _check_objective(config)
-    longest = config.corpus.max_snippet_tokens - 2
-    if latents.max_rationale_tokens > longest:
-        raise ValueError(
-            f"latents.max_rationale_tokens={latents.max_rationale_tokens}: a trajectory has room for {longest} at "
-            f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}; lower the former or raise the latter"
-        )
-    if engine.resolved_kind == "inprocess" and engine.urls:
-        raise ValueError(
-            f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
-            "installed)"
-        )
-    if engine.block_size % 32:
-        raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
-    if config.em.rounds and not config.mstep.steps and not config.estep.steps:
-        raise ValueError("em.rounds > 0 but estep.steps=0 and mstep.steps=0; set steps or em.rounds=0")
-
-
-_POSITIVE = (
-    "corpus.max_snippet_tokens",
-    "latents.max_rationale_tokens",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.micro_batch_tokens",
-    "parallel.timeout_s",
-    "warmup.snippets_per_step",
-    "mstep.snippets_per_step",
-    "estep.snippets_per_step",
-    "objective.horizon",
-    "estep.rollouts_per_snippet",
-    "engine.max_in_flight",
-    "engine.request_timeout_s",
-    "engine.start_timeout_s",
-    "engine.sync_timeout_s",
-    "engine.tensor_parallel",
-    "engine.cpu_kv_cache_bytes",
-    "evaluate.snippets",
-    "signatures.window",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "optimizer.eps",
-    "optimizer.clip_grad_norm",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "warmup.steps",
-    "mstep.steps",
-    "estep.steps",
-    "warmup.learning_rate",
-    "mstep.learning_rate",
-    "estep.learning_rate",
-    "warmup.latent_weight",
-    "mstep.latent_weight",
-    "warmup.max_tokens",
-    "mstep.max_tokens",
-    "objective.penalty",
-    "objective.reference_kl",
-    "objective.gate_entropy_weight",
-    "objective.line_gradient",
-    "objective.format_penalty",
-    "estep.window",
-    "em.rounds",
-    "evaluate.samples_shown",
-    "signatures.max_thinking_loss_nats",
-    "signatures.max_mismatch_nats",
-    "signatures.min_mstep_fall",
-    "signatures.max_heldout_rise",
-    "optimizer.weight_decay",
-    "checkpoint.stop_after_steps",
-    "engine.port",
-)
-_FRACTIONS = (
-    "objective.gate_exploration",
-    "objective.discount",
-    "warmup.lr_warmup_fraction",
-    "mstep.lr_warmup_fraction",
-    "warmup.lr_final_fraction",
-    "mstep.lr_final_fraction",
-    "signatures.max_think_rate",
-    "signatures.min_think_rate",
-    "signatures.max_malformed_rate",
-    "signatures.max_cap_fraction",
-    "signatures.max_forced_act_rate",
-    "signatures.min_effective_samples",
-    "engine.memory_fraction",
-)
-
-
-def _check_objective(config: RunConfig) -> None:
-    aim, rollouts = config.objective, config.estep.rollouts_per_snippet
-    if aim.granularity == "token" and config.latents.surface == "newline":
-        raise ValueError(
-            "objective.granularity=token with latents.surface=newline: a newline cannot open a latent inside a line; "
-            "set latents.surface=special"
-        )
-    if aim.baseline != "counterfactual" and rollouts < 2:
-        raise ValueError(
-            f"estep.rollouts_per_snippet={rollouts}: the leave-one-out baseline needs at least 2; raise it, or set "
-            "objective.baseline=counterfactual"
-        )
-    if not 0.0 < aim.stickiness < 1.0:
-        raise ValueError(f"objective.stickiness={aim.stickiness}: must lie above 0 and below 1")
-    if aim.max_importance_weight < 1.0:
-        raise ValueError(f"objective.max_importance_weight={aim.max_importance_weight}: must be at least 1")
-    if not 0.0 <= aim.ppo_clip < 1.0:
-        raise ValueError(f"objective.ppo_clip={aim.ppo_clip}: must be at least 0 and below 1")
-    if not 0.0 <= aim.gate_entropy_floor < math.log(2):
-        raise ValueError(
-            f"objective.gate_entropy_floor={aim.gate_entropy_floor}: must be at least 0 and below log 2 = 0.693 nats, "
-            "the most a gate can have"
-        )
-    if aim.ppo_clip and aim.importance_weight != "truncate":
-        raise ValueError(
-            f"objective.importance_weight={aim.importance_weight}: objective.ppo_clip={aim.ppo_clip} takes its place; "
-            "set one of the two"
-        )
-    if aim.line_gradient and aim.gate == "never":
-        raise ValueError(
-            f"objective.line_gradient={aim.line_gradient} with objective.gate=never: an E-step samples nothing; set "
-            "objective.line_gradient=0 and leave the lines to the M-step"
-        )
-    if aim.gate_exploration:
-        _check_exploration(aim, rollouts)
-    if aim.gate != "sampled" and (aim.gate_exploration or aim.gate_entropy_floor):
-        raise ValueError(
-            f"objective.gate={aim.gate}: there is no gate to explore; set objective.gate_exploration=0 and "
-            "objective.gate_entropy_floor=0"
-        )
-
-
-def _check_exploration(aim: ObjectiveConfig, rollouts: int) -> None:
-    """Refuse what would undo exploration: its choices are unlikely under the policy, as stale ones are."""
-    explores = f"objective.gate_exploration={aim.gate_exploration}"
-    if aim.gate_exploration >= 1.0:
-        raise ValueError(f"{explores}: must be below 1, or the policy's own gates are never drawn")
-    if aim.ppo_clip or aim.importance_weight == "mask":
-        raise ValueError(
-            f"{explores}: clip and mask would drop what was explored; set objective.ppo_clip=0 and "
-            "objective.importance_weight=truncate"
-        )
-    if rollouts < 2:
-        raise ValueError(f"{explores}: E-steps of one rollout do not explore; raise estep.rollouts_per_snippet")
-
-
-def _check_ranges(config: RunConfig) -> None:
-    for key in _POSITIVE:
-        if not _get(config, key) > 0:
-            raise ValueError(f"{key}={_get(config, key)}: must be positive")
-    for key in _NOT_NEGATIVE:
-        if not _get(config, key) >= 0:
-            raise ValueError(f"{key}={_get(config, key)}: must not be negative")
-    for key in _FRACTIONS:
-        if not 0.0 <= _get(config, key) <= 1.0:
-            raise ValueError(f"{key}={_get(config, key)}: must lie between 0 and 1")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0.0 <= _get(config, key) < 1.0:
-            raise ValueError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
-    for key in ("run_folder", "corpus.folder", "model.folder"):
-        if not _get(config, key):
-            raise ValueError(f"{key} is empty: set it in the config file or as {key}=PATH")
-
-
-def _get(config: object, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config

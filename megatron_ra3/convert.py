@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ra3.assembly import DTYPES
-from megatron_ra3.checkpoint import Checkpoints, model_digest, read_manifest
+from megatron_ra3.checkpoint import model_digest
 from megatron_ra3.config import RunConfig
 from megatron_ra3.corpus.tokenizer import tokenizer_fingerprint
+from megatron_ra3.manifest import finished, read_manifest
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.build import build_model
 from megatron_ra3.run import Run
@@ -27,9 +28,10 @@ def export_checkpoint(config: RunConfig, out: Path) -> Path:
     layout = parallel.initialize(1, 1, seed=config.seed, timeout_s=config.parallel.timeout_s)
     try:
         folder = Path(config.run_folder) / "checkpoints"
-        newest = Checkpoints(folder, keep_last=1, layout=layout).latest()
-        if newest is None:
+        saved = finished(folder)
+        if not saved:
             raise ValueError(f"{folder} holds no checkpoint: run_folder is another run's, or it has not saved yet")
+        newest = saved[-1]
         manifest = read_manifest(newest)
         hf_config = _hf_config(config, newest, manifest)
         if tokenizer_fingerprint(config.tokenizer_folder) != manifest["tokenizer"]:

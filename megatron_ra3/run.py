@@ -6,29 +6,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_ra3.annotated import AnnotatedStore
 from megatron_ra3.assembly import assemble
-from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest, read_manifest
+from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest
 from megatron_ra3.config import RunConfig, to_dict
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
+from megatron_ra3.deadline import Deadline
 from megatron_ra3.estep import EStep
 from megatron_ra3.kernels.backends import take_fallbacks
 from megatron_ra3.latents import Snippet, Trajectory
+from megatron_ra3.manifest import read_manifest
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.mstep import NextToken
+from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
@@ -36,6 +38,7 @@ from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
+from megatron_ra3.stall import ACTIVITY, Watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends before it takes the machine back, and Ctrl-C."""
@@ -67,7 +70,7 @@ class Run:
         )
         self.train, self.heldout = self._open_corpus()
         self._heldout_start = self.heldout.state_dict()
-        self.annotated = AnnotatedStore(self.folder / "annotated" / f"replica-{layout.dp_rank:05d}.jsonl")
+        self.annotated = AnnotatedStore(self.folder / "annotated", layout.dp_rank)
         tokens = config.parallel.micro_batch_tokens
         self.estep = EStep(
             config.objective,
@@ -92,14 +95,22 @@ class Run:
             detector=self.detector,
         )
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, layout=layout
+            self.folder / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            layout=layout,
         )
-        manifest = Path(config.corpus.folder) / "manifest.json"
+        self._deadline = Deadline(
+            limit_s=config.checkpoint.wall_clock_limit_s, margin_s=config.checkpoint.stop_before_s
+        )
+        self._watchdog: Watchdog | None = None
+        if config.stall_timeout_s:
+            self._watchdog = Watchdog(self.folder / "stalls", layout.rank, layout.world_size, config.stall_timeout_s)
         self._identity = identity(
             config,
             layout,
             model=model_digest(assembly.model.hf_config),
-            corpus=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+            corpus=self.train.manifest_sha256,
             tokenizer=assembly.tokenizer.fingerprint,
         )
         self._engine: ServedEngine | None = None
@@ -108,11 +119,16 @@ class Run:
         self._handlers: dict[signal.Signals, Any] = {}
         self._steps_here = 0
         self._stop_reason = ""
+        self._consumed = Consumed()
+        self._save_stall_s = 0.0
         self._step_started = time.monotonic()
         self._step_label = ""
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
+        ACTIVITY.moved("resuming")
+        if self._watchdog is not None:
+            self._watchdog.start()
         self._restore()
         take_fallbacks()
         for number in STOP_SIGNALS:
@@ -125,6 +141,7 @@ class Run:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self.checkpoints.abandon()
         if self._engine is not None:
             self._engine.close()
         self.metrics.close()
@@ -132,6 +149,8 @@ class Run:
         self.heldout.close()
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
+        if self._watchdog is not None:
+            self._watchdog.close()
         parallel.destroy()
 
     # Phases and steps
@@ -148,6 +167,7 @@ class Run:
         while self.progress.step < phase.steps:
             self._step_started = time.monotonic()
             self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
+            ACTIVITY.moved(self._step_label)
             yield self.progress.step
 
     def end_phase(self, phase: Phase) -> None:
@@ -164,32 +184,66 @@ class Run:
         self._steps_here += 1
         if self.layout.rank == 0:
             (self.folder / "summary.json").unlink(missing_ok=True)
+        self.metrics.write(self._step_label, self._record(phase, metrics))
+        self._last[phase.name] = metrics
+        self._save_if_due()
+
+    def _record(self, phase: Phase, metrics: dict[str, float]) -> dict[str, Any]:
+        seconds = time.monotonic() - self._step_started
+        fallbacks: Counter[str] = Counter()
+        consumed = Consumed()
+        for of_rank, share in self.layout.gather_from_ranks((take_fallbacks(), self._consumed)):
+            fallbacks += of_rank
+            consumed = consumed.plus(share)
+        self._consumed = Consumed()
         record: dict[str, Any] = {
             "step": self.progress.total_steps,
             "phase": phase.name,
             "round": phase.round,
             **metrics,
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
-            "seconds": time.monotonic() - self._step_started,
+            "bad_samples": self.train.bad_samples + self.heldout.bad_samples,
+            "stream_wait_seconds": self.train.take_waited_s() + self.heldout.take_waited_s(),
+            **consumed.to_json(),
+            "stream_epoch": self.train.cursor.epoch,
+            "stream_position": self.train.cursor.position,
+            "seconds": seconds,
         }
-        fallbacks: Counter[str] = sum(self.layout.gather_from_ranks(take_fallbacks()), Counter())
+        if self._save_stall_s:
+            record["save_stall_seconds"] = self._save_stall_s
+            self._save_stall_s = 0.0
         if fallbacks:
             record["kernel_fallbacks"] = dict(fallbacks)
-        self.metrics.write(self._step_label, record)
-        self._last[phase.name] = metrics
-        if self._steps_here == self.config.checkpoint.stop_after_steps:
+        return record
+
+    def _save_if_due(self) -> None:
+        """Begin, go on with, or complete a save; StopRequestedError once it is complete and the run shall end."""
+        settings, started = self.config.checkpoint, time.monotonic()
+        if self._steps_here == settings.stop_after_steps:
             self._stop_reason = f"checkpoint.stop_after_steps={self._steps_here}"
-        stopping = self.layout.any_rank(bool(self._stop_reason))
-        if stopping or self.progress.total_steps % self.config.checkpoint.every_steps == 0:
+        near = self._deadline.is_near(
+            step_s=started - self._step_started, longest_save_s=self.checkpoints.longest_save_s
+        )
+        self._stop_reason = self._stop_reason or near
+        if self.layout.any_rank(bool(self._stop_reason)):
             self.save()
-        if stopping:
             reason = self._stop_reason or "another rank's signal"
             raise StopRequestedError(
                 f"stopped after step {self.progress.total_steps} by {reason}; saved, the same command goes on"
             )
+        if self.progress.total_steps % settings.every_steps == 0:
+            self._start_saving()
+            if not settings.asynchronous:
+                self.checkpoints.wait()
+        elif self.checkpoints.saving:
+            self.checkpoints.poll()
+        else:
+            return
+        self._save_stall_s = time.monotonic() - started
 
     def finish(self) -> dict[str, Any]:
         """Save, export to Hugging Face format, and write the summary, which stands for: nothing ran since."""
+        ACTIVITY.moved("finish")
         self.save()
         export, summary_path = self.folder / "export", self.folder / "summary.json"
         if self.layout.any_rank(self.layout.rank == 0 and not (summary_path.is_file() and export.is_dir())):
@@ -223,7 +277,8 @@ class Run:
 
     def take_annotated(self, steps_left: int) -> list[Trajectory]:
         """Return the replica's bootstrapped snippets of one of `steps_left` M-steps."""
-        taken = self.annotated.take(steps_left) if self.layout.is_replica_leader else None
+        taken = self.annotated.take(steps_left) if self.layout.is_replica_leader else []
+        self._consume(item.snippet_id for item in taken)
         return self.layout.broadcast_in_replica(taken)
 
     def write_samples(self, trajectories: Sequence[Trajectory]) -> None:
@@ -272,9 +327,14 @@ class Run:
 
     def save(self) -> Path:
         """Save everything; OSError when the disk refuses, earlier checkpoints stay whole."""
+        self._start_saving()
+        self.checkpoints.wait()
+        return self.checkpoints.path(self.progress.total_steps)
+
+    def _start_saving(self) -> None:
         model, optimizer = self.assembly.model, self.assembly.trainer.optimizer
-        return self.checkpoints.save(
-            self.progress.total_steps, self._manifest, lambda folder: state.save_state(folder, model, optimizer)
+        self.checkpoints.start(
+            self.progress.total_steps, self._manifest, lambda folder: state.stage_state(folder, model, optimizer)
         )
 
     def _request_stop(self, number: int, _frame: object) -> None:
@@ -300,6 +360,7 @@ class Run:
         }
         replicas = self.layout.gather_from_leaders(replica)  # a collective, so before anything that can fail
         return self._identity | {
+            "at": self._step_label,
             "progress": self.progress.to_json(),
             "stream": self.train.state_dict(),
             "replicas": replicas,
@@ -309,20 +370,22 @@ class Run:
         }
 
     def _restore(self) -> None:
-        checkpoint = self.checkpoints.latest()
+        checkpoint = self.checkpoints.newest_whole()
         if checkpoint is None:
             self.metrics.rewind(0, 0)
             self.samples.rewind(0)
             return
         manifest = read_manifest(checkpoint)
         check_compatible(checkpoint, manifest, self._identity)
-        state.load_state(checkpoint / "state", self.assembly.model, self.assembly.trainer.optimizer)
+        before, now = manifest["layout"], self._identity["layout"]
+        state.load_state(
+            checkpoint / "state", self.assembly.model, self.assembly.trainer.optimizer, generators=before == now
+        )
         self.progress = Progress(**manifest["progress"])
+        if before != now:
+            state.seed_generators(self.config.seed, self.progress.total_steps)
         self.train.load_state_dict(manifest["stream"])
-        replica = manifest["replicas"][self.layout.dp_rank]
-        if self.layout.is_replica_leader:
-            self.annotated.load_state_dict(replica["annotated"])
-        self._think_rates = {int(rollouts): rate for rollouts, rate in replica["think_rates"].items()}
+        self._restore_replica(manifest["replicas"])
         self._last = manifest["last"]
         self.metrics.rewind(manifest["metrics_offset"], self.progress.total_steps)
         planned = sum(phase.steps for phase in self.phases[: self.progress.phase]) + self.progress.step
@@ -330,6 +393,19 @@ class Run:
         self.samples.rewind(manifest["samples_offset"])
         if self.layout.rank == 0:
             print(f"resumed from {checkpoint}", flush=True)
+            if before != now:
+                print(f"layout changed from {before} to {now}: random generators seeded anew", flush=True)
+
+    def _restore_replica(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Take over what the replicas had; for another number of them, deal snippets out and average rates."""
+        if self.layout.is_replica_leader:
+            self.annotated.load_state_dicts([replica["annotated"] for replica in saved], self.layout.dp_size)
+        own = saved if len(saved) != self.layout.dp_size else [saved[self.layout.dp_rank]]
+        rates: dict[int, list[float]] = {}
+        for replica in own:
+            for rollouts, rate in replica["think_rates"].items():
+                rates.setdefault(int(rollouts), []).append(rate)
+        self._think_rates = {rollouts: sum(found) / len(found) for rollouts, found in rates.items()}
 
     def _open_corpus(self) -> tuple[ShardStream, ShardStream]:
         """Training and held-out split; what only one rank finds wrong is raised on all."""
@@ -338,7 +414,8 @@ class Run:
         problem = None
         try:
             train, heldout = (
-                ShardStream(settings.folder, split, self.config.seed, verify=verify) for split in ("train", "heldout")
+                ShardStream(settings.folder, split, self.config.seed, verify=verify, config=settings)
+                for split in ("train", "heldout")
             )
         except (ValueError, OSError) as error:
             problem = error
@@ -348,8 +425,17 @@ class Run:
         return train, heldout
 
     def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
-        records = stream.take(count, self.layout.dp_rank, self.layout.dp_size)
-        return self.snippet_tokenizer.snippets(records)
+        """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""
+        layout = self.layout
+        records = stream.take(
+            count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
+        )
+        self._consume(record.id for record in records)
+        return self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
+
+    def _consume(self, ids: Iterable[str]) -> None:
+        if self.layout.is_replica_leader:
+            self._consumed = self._consumed.plus(Consumed.of(ids))
 
     def _sampler(self, rollouts_per_snippet: int) -> Sampler:
         if rollouts_per_snippet not in self._samplers:

@@ -1,26 +1,19 @@
 """The stream: every sample once per epoch for any number of ranks, exact resume, clear errors for a damaged corpus."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from megatron_ra3.config import StreamConfig
 from megatron_ra3.corpus.manifest import Manifest
-from megatron_ra3.corpus.prepare import PrepareConfig, prepare
+from megatron_ra3.corpus.order import EpochOrder
+from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.stream import Cursor, ShardStream
+from tests.corpora import make_corpus
 
-
-def make_corpus(folder, **settings):
-    sources = folder / "src"
-    sources.mkdir()
-    for number in range(23):
-        (sources / f"m{number:02d}.py").write_text(f"a = {number}\nb = a\nc = '{'x' * number}'\n")
-    return prepare(
-        PrepareConfig(
-            **{"sources": (str(sources),), "out": str(folder / "out"), "heldout_fraction": 0.0, "samples_per_shard": 5}
-            | settings
-        )
-    )
+SMALL = StreamConfig(shuffle_shards=2, chunk_samples=2, window_samples=6, prefetch_samples=4)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +44,13 @@ def take_on_all_ranks(streams, num_samples):
     return order
 
 
-def test_the_order_is_the_same_in_every_release(corpus):
-    """Resuming an old run depends on this order: it may change only together with the format version."""
-    stream = ShardStream(corpus, "train", seed=5)
-    assert [int(name[1:3]) for name in names(stream.take(8))] == [21, 12, 9, 10, 20, 2, 13, 15]
+def test_the_order_is_that_of_the_epoch(corpus):
+    """Which test_corpus_order.py pins."""
+    info = Manifest.load(corpus).splits["train"]
+    reader = SplitReader(corpus, info)
+    order = EpochOrder([shard.samples for shard in info.shards], 5, 0, SMALL)
+    expected = [reader.read(sample).source for sample in order.samples(0, 23)]
+    assert names(ShardStream(corpus, "train", seed=5, config=SMALL).take(23)) == expected
 
 
 def test_each_epoch_is_another_permutation(corpus):
@@ -100,7 +96,9 @@ def test_one_step_may_be_longer_than_an_epoch(corpus):
     assert long.cursor == short.cursor
 
 
-@pytest.mark.parametrize(("key", "other"), [("seed", 4), ("split", "heldout"), ("shards_sha256", "0")])
+@pytest.mark.parametrize(
+    ("key", "other"), [("seed", 4), ("split", "heldout"), ("shards_sha256", "0"), ("chunk_samples", 63)]
+)
 def test_state_of_another_stream_is_refused(corpus, key, other):
     stream = ShardStream(corpus, "train", seed=3)
     with pytest.raises(ValueError, match=f"saved stream state has {key}="):
@@ -119,13 +117,43 @@ def test_impossible_rank(corpus, rank, world_size):
         ShardStream(corpus, "train", seed=3).take(4, rank, world_size)
 
 
-def test_more_shards_than_may_be_open(tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_run_killed_at_any_position_delivers_the_epoch_exactly_once(corpus, world_size):
+    """Steps of 3 on one rank until the kill; then on `world_size` ranks, from the state that was saved."""
+    whole = ShardStream(corpus, "train", seed=9, config=SMALL)
+    expected = names(whole.take(46))
+    for position in range(0, 46, 3):
+        first = ShardStream(corpus, "train", seed=9, config=SMALL)
+        delivered = [name for _ in range(0, position, 3) for name in names(first.take(3))]
+        state = first.state_dict()
+        first.take(3)  # delivered but not saved: the resumed run must deliver it again
+        first.close()
+        ranks = [ShardStream(corpus, "train", seed=9, config=SMALL) for _ in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        while len(delivered) < 46:
+            delivered += take_on_all_ranks(ranks, min(5, 46 - len(delivered)))
+        for rank in ranks:
+            rank.close()
+        assert delivered == expected
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 0), (1, 50), (8, 0), (8, 7)])
+def test_threads_and_prefetch_change_nothing(corpus, threads, ahead):
+    config = dataclasses.replace(SMALL, read_threads=threads, prefetch_samples=ahead)
+    stream = ShardStream(corpus, "train", seed=9, config=config)
+    expected = names(ShardStream(corpus, "train", seed=9, config=SMALL).take(60))
+    assert [name for _ in range(20) for name in names(stream.take(3))] == expected
+
+
+def test_chunks_in_memory_are_bounded(tmp_path):
     make_corpus(tmp_path, samples_per_shard=1)
-    stream = ShardStream(tmp_path / "out", "train", seed=0)
-    assert len(set(names(stream.take(23)))) == 23
-    assert len(stream._reader._open) == 16
-    stream.close()
-    assert stream._reader._open == {}
+    stream = ShardStream(tmp_path / "out", "train", seed=0, config=SMALL)
+    kept = []
+    for _ in range(40):
+        stream.take(3)
+        kept.append(len(stream._prefetcher._kept))
+    assert max(kept) <= 6 + 3 + 4  # two windows of three chunks; here a chunk is one sample: the step and what is ahead
 
 
 def test_missing_manifest(tmp_path):

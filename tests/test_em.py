@@ -26,7 +26,7 @@ PHASES = ["warmup"] * 2 + ["estep"] * 3 + ["bootstrap"] * 2 + ["mstep"] * 2 + ["
 
 def _metrics(config: RunConfig) -> list[dict[str, Any]]:
     lines = Path(config.run_folder, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
 
 
 @pytest.fixture(scope="module")

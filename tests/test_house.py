@@ -34,6 +34,7 @@ ENGINES = {"torch.distributed", "megatron", "vllm"}
 # Decisions stay pure: what these modules may not import, at any depth (also inside functions).
 FORBIDDEN_IMPORTS = {
     "config.py": HEAVY,
+    "validation.py": HEAVY,
     "latents.py": HEAVY,
     "schedule.py": HEAVY,
     "corpus/lines.py": HEAVY,

@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from megatron_ra3.model import names, parallel
-from megatron_ra3.model.state import load_state, load_weights, save_state
+from megatron_ra3.model.state import load_state, load_weights, stage_state
 from tests.distributed import run_ranks
 from tests.tiny_model import initialize, llama, open_trainer, qwen2, random_folder, train, weights
 
 # (tp, pp, distributed optimizer)
-LAYOUTS = {1: [(1, 1, False)], 2: [(2, 1, False), (1, 2, False), (1, 1, True)]}
+LAYOUTS = {1: [(1, 1, False)], 2: [(2, 1, False), (1, 2, False), (1, 1, True), (1, 2, True)]}
+
+
+def save_state(folder: Path, model: Any, optimizer: Any) -> None:
+    staged = stage_state(folder, model, optimizer)
+    staged.write()
+    model.layout.barrier("all shares written")
+    staged.commit()
 
 
 def _draws() -> list[float]:
@@ -93,8 +100,47 @@ def test_one_process_loads_the_weights_of_any_layout(tmp_path):
             loaded = weights(trainer)
             assert loaded.keys() == expected.keys()
             assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items()), (family, layout)
-    with pytest.raises(ValueError, match=rf"{tmp_path}.* cannot be loaded: .*another number of ranks.*ra3 export"):
-        load_state(tmp_path / "llama-tp2pp1", trainer.model, trainer.optimizer)
+
+
+# By kind of optimizer, which a run keeps: the layouts of two ranks that save and load.
+RESHARDED = {False: [(2, 1), (1, 2), (1, 1)], True: [(1, 1), (2, 1), (1, 2)]}
+MODELS = {"qwen2": qwen2(), "llama": llama()}  # embeddings tied and untied
+
+
+def _curves(root: Path, distributed: bool, source: str) -> dict[tuple[str, str], Any]:
+    """Losses and gradient norms of three steps after loading `source`; without it, after three steps and a save."""
+    curves: dict[tuple[str, str], Any] = {}
+    for family, config in MODELS.items():
+        for tp, pp in RESHARDED[distributed]:
+            name = _name(tp, pp, distributed)
+            folder = root / (f"other-{family}" if source else family)
+            trainer = open_trainer(folder, config, initialize(tp, pp), distributed=distributed)
+            if source:
+                load_state(root / f"{family}-{source}", trainer.model, trainer.optimizer, generators=False)
+            else:
+                train(trainer, 2, range(3))
+                save_state(root / f"{family}-{name}", trainer.model, trainer.optimizer)
+            curves[family, name] = train(trainer, 2, range(3, 6))
+    parallel.destroy()
+    return curves
+
+
+@pytest.mark.parametrize("distributed", RESHARDED)
+def test_training_goes_on_in_another_layout(distributed, tmp_path):
+    for family, config in MODELS.items():
+        random_folder(tmp_path / family, config)
+        names.init_hf(tmp_path / f"other-{family}", config, 99)
+    saved, _ = run_ranks(_curves, 2, tmp_path, distributed, "")
+    for (family, name), expected in saved.items():
+        trainer = open_trainer(tmp_path / f"other-{family}", MODELS[family], initialize(), distributed=distributed)
+        load_state(tmp_path / f"{family}-{name}", trainer.model, trainer.optimizer, generators=False)
+        assert np.allclose(train(trainer, 2, range(3, 6)), expected, rtol=1e-4), (family, name)
+    save_state(tmp_path / "llama-single", trainer.model, trainer.optimizer)
+    after = train(trainer, 2, range(3, 6))
+    (tmp_path / "qwen2-single").symlink_to(tmp_path / f"qwen2-{_name(2, 1, distributed)}")
+    moved, _ = run_ranks(_curves, 2, tmp_path, distributed, "single")
+    for (family, name), found in moved.items():
+        assert np.allclose(found, after if family == "llama" else saved[family, name], rtol=1e-4), (family, name)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

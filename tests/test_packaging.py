@@ -76,7 +76,17 @@ def test_installed_wheel_works_without_the_checkout(wheel, tmp_path):
 
 
 def test_extras_are_the_documented_ones():
-    assert set(PROJECT["optional-dependencies"]) == {"train", "cpu", "gpu", "data", "wandb", "plot", "nemo", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "train",
+        "cpu",
+        "gpu",
+        "data",
+        "s3",
+        "wandb",
+        "plot",
+        "nemo",
+        "dev",
+    }
 
 
 def test_pins_agree():

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from programs import hops, is_hard, questions
 
 from megatron_ra3.batching import pack, pad
-from megatron_ra3.checkpoint import read_manifest
 from megatron_ra3.config import RunConfig, load_config
 from megatron_ra3.latents import Kind, LatentFormat, Trajectory
+from megatron_ra3.manifest import read_manifest
 
 if TYPE_CHECKING:
     from megatron_ra3.corpus.tokenizer import CodeTokenizer

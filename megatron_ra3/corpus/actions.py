@@ -17,7 +17,8 @@ def regroup(
 ) -> Snippet:
     """Turn a snippet of lines into one of actions; `code` holds the text of each of its lines.
 
-    `comment` is the sign of a full-line comment in the snippet's language. A native rationale survives where it stands before the first line of an action.
+    `comment` is the sign of a full-line comment in the snippet's language. A native rationale survives where it stands
+    before the first line of an action.
     ValueError: `token` with a surface form that has no gate inside a line.
     """
     match granularity:

@@ -7,8 +7,7 @@ string for a comment; a model trained on such lines learns to think inside strin
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 CommentMode = Literal["observe", "strip", "keep_as_code"]
 
@@ -17,8 +16,7 @@ _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, toke
 _MODE_LINE = re.compile(r"\s*(-\*-.*-\*-|vim?:.*|(file)?(en)?coding[:=]\s*[-\w.]+)\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class CodeLine:
+class CodeLine(NamedTuple):
     r"""One logical line of source, with what stands above it.
 
     `trivia` holds the full-line comments and blank lines since the previous code line, each with its newline.

@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +17,7 @@ from megatron_ra3.corpus.lines import annotate
 from megatron_ra3.corpus.manifest import SPLITS, Manifest, Shard, SplitInfo
 from megatron_ra3.corpus.publish import publish, refuse_existing
 from megatron_ra3.corpus.report import Report, write_report
-from megatron_ra3.corpus.shards import read_shard, shard_name, write_shard
+from megatron_ra3.corpus.shards import read_shard, write_split
 from megatron_ra3.corpus.snippets import SnippetRecord, num_chars
 from megatron_ra3.corpus.tokenizer import load_tokenizer
 from megatron_ra3.corpus.vocabulary import count_tokens
@@ -158,7 +157,7 @@ def _write_corpus(
         folder = Path(name)
         tallies = {split: _Tally() for split in SPLITS}
         splits = {
-            split: tally.split(_write_split(folder, split, tally.watch(records[split]), samples_per_shard))
+            split: tally.split(write_split(folder, split, tally.watch(records[split]), samples_per_shard))
             for split, tally in tallies.items()
         }
         if not splits["train"].snippets:
@@ -173,16 +172,6 @@ def _write_corpus(
         write_report(folder, Report(manifest, _sum(tally.repos for tally in tallies.values()), {}))
         publish(folder, out, manifest)
     return manifest
-
-
-def _write_split(
-    folder: Path, split: str, samples: Iterator[tuple[str, bytes]], samples_per_shard: int
-) -> tuple[Shard, ...]:
-    shards: list[Shard] = []
-    for first in samples:
-        path = folder / f"{shard_name(split, len(shards))}.tar"
-        shards.append(write_shard(path, chain([first], islice(samples, samples_per_shard - 1))))
-    return tuple(shards)
 
 
 def _records(folder: Path, split: SplitInfo) -> Iterator[SnippetRecord]:

@@ -4,6 +4,7 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes]]) -> Shard:
         tar.close()
     np.save(path.with_suffix(".npy"), np.array(index, dtype="<u8").reshape(-1, 2))
     return Shard(len(index) // 2, DataFile.of(path), DataFile.of(path.with_suffix(".npy")))
+
+
+def write_split(
+    folder: Path, split: str, samples: Iterator[tuple[str, bytes]], samples_per_shard: int
+) -> tuple[Shard, ...]:
+    """Writes (id, encoded snippet) pairs into as many shards as they need."""
+    shards: list[Shard] = []
+    for first in samples:
+        path = folder / f"{shard_name(split, len(shards))}.tar"
+        shards.append(write_shard(path, chain([first], islice(samples, samples_per_shard - 1))))
+    return tuple(shards)
 
 
 def read_shard(path: Path) -> Iterator[SnippetRecord]:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from megatron_ra3.corpus.lines import CodeLine
@@ -60,9 +61,9 @@ class SnippetRecord:
         for name in _TEXTS:
             if not isinstance(data[name], str):
                 raise ValueError(f"snippet field {name!r} must be a string, found {data[name]!r}")
-        if not isinstance(data["lines"], list) or not data["lines"] or not all(map(_is_pair, data["lines"])):
+        if not _are_pairs(data["lines"]):
             raise ValueError(f"snippet {data['id']!r}: 'lines' must be a non-empty list of [trivia, code] strings")
-        lines = tuple(CodeLine(trivia, code) for trivia, code in data["lines"])
+        lines = tuple(map(CodeLine._make, data["lines"]))
         return cls(lines=lines, **{name: data[name] for name in _TEXTS})
 
 
@@ -140,5 +141,11 @@ def _snippet_end(lines: Sequence[CodeLine], start: int, limits: SnippetLimits) -
     return len(lines)
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+def _are_pairs(values: Any) -> bool:
+    """Whether `values` is a non-empty list of lists of two strings; half of a sample's decoding, so without a loop."""
+    return (
+        type(values) is list
+        and set(map(type, values)) == {list}
+        and set(map(len, values)) == {2}
+        and set(map(type, chain.from_iterable(values))) == {str}
+    )

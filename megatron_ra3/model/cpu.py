@@ -123,7 +123,7 @@ def _install_adam() -> None:
 def _save_without_manager() -> None:
     """Collect a checkpoint's write results in this process.
 
-    Megatron spawns a manager process per rank for its asynchronous saves. Ours are synchronous, and the manager would
+    Megatron spawns a manager process per rank for its asynchronous saves. Ours write in a thread, and the manager would
     outlive a killed rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async

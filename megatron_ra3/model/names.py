@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.weight_map import Geometry, Slot, shard, slots, unshard
+from megatron_ra3.stall import ACTIVITY
 
 MAX_FILE_BYTES = 4 * 2**30
 """Weights are split into several files beyond this size."""
@@ -73,6 +74,7 @@ def export_hf(model: RA3Model) -> Iterator[tuple[str, Tensor]]:
     layout, geometry = model.layout, Geometry.of(model.hf_config)
     parameters = dict(model.module.named_parameters())
     for slot in slots(geometry, layout.pp_size):
+        ACTIVITY.moved()
         if slot.stage == layout.pp_rank:
             local = parameters[_parameter_name(slot, parameters)].data
             full = unshard(slot, _gather(local, model), geometry)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ra3.model import cpu
+from megatron_ra3.stall import ACTIVITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +64,24 @@ class ParallelLayout:
         if self.tp_size * self.pp_size == 1:
             return value
         box = [value if self.is_replica_leader else None]
-        dist.broadcast_object_list(
-            box, src=dist.get_process_group_ranks(self.replica_group)[0], group=self.replica_group
-        )
+        leader = dist.get_process_group_ranks(self.replica_group)[0]
+        with ACTIVITY.waiting("what the replica's leader sends"):
+            dist.broadcast_object_list(box, src=leader, group=self.replica_group)
         return box[0]
 
     def broadcast_from_last_stage(self, value: Tensor) -> Tensor:
         """Overwrite `value` [same shape and type on all stages] with the last stage's and return it."""
         if self.pp_size > 1:
-            dist.broadcast(value, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+            with ACTIVITY.waiting("what the last pipeline stage sends"):
+                dist.broadcast(value, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
         return value
 
     def sum_over_dp(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over the replicas; every rank must call. The argument is not changed."""
         total = value.detach().clone()
         if self.dp_size > 1:
-            dist.all_reduce(total, group=self.dp_group)
+            with ACTIVITY.waiting("sum over the replicas"):
+                dist.all_reduce(total, group=self.dp_group)
         return total
 
     def sum_number_over_dp(self, value: float) -> float:
@@ -94,14 +97,16 @@ class ParallelLayout:
         """Return the picklable `value` of every rank, in rank order, on every rank."""
         gathered: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(gathered, value, group=self.control_group)
+            with ACTIVITY.waiting("gathering from all ranks"):
+                dist.all_gather_object(gathered, value, group=self.control_group)
         return gathered
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is set on any rank; every rank must call."""
         total = torch.tensor(int(flag))
         if self.world_size > 1:
-            dist.all_reduce(total, group=self.control_group)
+            with ACTIVITY.waiting("asking all ranks"):
+                dist.all_reduce(total, group=self.control_group)
         return bool(total)
 
     def barrier(self, name: str) -> None:
@@ -109,7 +114,8 @@ class ParallelLayout:
         if self.world_size == 1:
             return
         try:
-            dist.monitored_barrier(self.control_group, timeout=dt.timedelta(seconds=self.timeout_s))
+            with ACTIVITY.waiting(f"barrier {name}"):
+                dist.monitored_barrier(self.control_group, timeout=dt.timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
             raise RuntimeError(f"barrier {name!r} failed after at most {self.timeout_s} s: {error}") from error
 
@@ -122,7 +128,7 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
     every collective. ValueError: tp·pp does not divide the number of processes.
     """
     cpu.enable()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     timeout = dt.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
@@ -141,7 +147,7 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_s / 60,
     )
-    _seed(seed, tensor_parallel)
+    seed_generators(seed)
     on_gloo = dist.get_backend() == "gloo"
     return ParallelLayout(
         rank=dist.get_rank(),
@@ -181,8 +187,10 @@ def _join(timeout: dt.timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _seed(seed: int, tensor_parallel: Any) -> None:
-    """Seed torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+def seed_generators(seed: int) -> None:
+    """Seed python, numpy, torch and Megatron's tracker. Without CUDA the tracker is inert: nothing drops out."""
+    from megatron.core import tensor_parallel
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)

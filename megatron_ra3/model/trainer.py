@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_ra3.kernels import HeadCache, Precision, linear_cross_entropy, linear_logprob
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.stall import ACTIVITY
 
 LossFn = Callable[[int, Tensor], Tensor]
 _Head = Callable[[int, "MicroBatch", Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -238,6 +239,7 @@ class Trainer:
 
         def forward_step(data: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             index, batch = next(data)
+            ACTIVITY.moved()
             positions = torch.arange(batch.token_ids.shape[1], device=self.layout.device).expand_as(batch.token_ids)
             hidden = model(batch.token_ids, positions, None)
             return hidden, lambda final: head(index, batch, final)

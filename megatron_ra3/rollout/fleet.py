@@ -21,6 +21,7 @@ from megatron_ra3.rollout.inprocess import InProcessEngine
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, answers, serve_forever, served_model_name
 from megatron_ra3.rollout.vllm_engine import VllmEngine
 from megatron_ra3.rollout.weights import WeightSync
+from megatron_ra3.stall import ACTIVITY
 
 T = TypeVar("T")
 PROBE_SEQUENCES = 64
@@ -250,4 +251,5 @@ def _await(ready: Callable[[], bool], what: str, timeout_s: float) -> None:
     while not ready():
         if time.monotonic() > deadline:
             raise EngineError(f"{what} did not appear within engine.start_timeout_s={timeout_s:g}")
+        ACTIVITY.moved(f"waiting for {what}")
         time.sleep(0.5)

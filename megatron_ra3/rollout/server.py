@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.stall import ACTIVITY
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 # Tokens of one engine step; without chunked prefill every prompt must fit.
@@ -113,6 +114,7 @@ class VllmServer:
                     f"vLLM server {self.url} did not answer within start_timeout_s="
                     f"{self.config.start_timeout_s:g}{self.log_tail()}"
                 )
+            ACTIVITY.moved("start of the vLLM server")
             time.sleep(0.1)
 
     def poll(self) -> bool:

@@ -26,6 +26,7 @@ from megatron_ra3.rollout.engine import (
     Reply,
     StopRule,
 )
+from megatron_ra3.stall import ACTIVITY
 
 if TYPE_CHECKING:
     import aiohttp
@@ -147,6 +148,7 @@ class VllmEngine:
                 start(queries)
 
     async def _answer(self, url: str, query: Query, stop: StopRule) -> Answer:
+        ACTIVITY.moved()
         if isinstance(query, GenerateQuery):
             return await self._generate(url, query, stop)
         return await self._score(url, query)
