@@ -41,7 +41,7 @@ def attempt_asserts(worker: Worker, task: AssertTask, code: str) -> Verdict:
                 namespace = _namespace(session, task)
             before = session.calls
             try:
-                exec(compile(test, f"{task.task_id} test {index}", "exec"), namespace)
+                exec(compile(test, f"{task.task_id} test {index}", "exec"), namespace)  # noqa: S102 - from a file named by its checksum
             except (JailError, ProgramError):
                 raise
             except Exception as error:  # noqa: BLE001 - a test meets values of unforeseen types
@@ -64,6 +64,7 @@ class Stub:
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result, with mutable arguments changed as the program changed them."""
         return self._session.call_mutable(self._name, *args, **kwargs)
 
 
@@ -81,7 +82,7 @@ def _namespace(session: Session, task: AssertTask) -> dict[str, Any]:
                 namespace[name] = importlib.import_module(name)
         for name in used & _defined_names(task.reference):
             namespace[name] = Stub(session, name)
-    exec(compile(task.setup, f"{task.task_id} setup", "exec"), namespace)
+    exec(compile(task.setup, f"{task.task_id} setup", "exec"), namespace)  # noqa: S102 - from a file named by its checksum
     if task.entry_point is not None:
         namespace[task.entry_point] = Stub(session, task.entry_point)
     return namespace

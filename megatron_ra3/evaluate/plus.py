@@ -1,4 +1,4 @@
-"""EvalPlus tasks as EvalPlus judges them: outputs of a reference, tolerances, special oracles, time from reference runs.
+"""EvalPlus tasks as EvalPlus judges them: outputs and times of a reference, tolerances, special oracles.
 
 Written from the behaviour of evalplus 0.3.1, with the comparison outside the jail. One difference on purpose: there,
 a right answer to HumanEval/32 (`find_zero`) leaves no mark and counts as missing; here it counts as right.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ra3.evaluate.jail import values
-from megatron_ra3.evaluate.sandbox import Sandbox, Verdict
+from megatron_ra3.evaluate.sandbox import Sandbox, Verdict, brief
 from megatron_ra3.evaluate.session import Handle, Session
 from megatron_ra3.evaluate.tasks import PlusTask
 from megatron_ra3.evaluate.worker import JailError, Limits, ProgramError, Worker
@@ -166,7 +166,7 @@ def _attempt_inputs(
             except Exception as error:  # noqa: BLE001 - an oracle meets values of unforeseen types
                 right, output = False, f"{type(error).__name__} {error}"
             if not right:
-                return f"input {index} of {len(inputs)}: {output!r:.100} instead of {target!r:.100}", index
+                return f"input {index} of {len(inputs)}: {brief(output)} instead of {brief(target)}", index
             atol = _tolerance(atol, target)  # stays raised for the later inputs, as in EvalPlus
     return "", len(inputs)
 
@@ -174,7 +174,7 @@ def _attempt_inputs(
 def _matches(task: PlusTask, arguments: list[Any], output: Any, target: Any, atol: float) -> bool:
     name = task.entry_point
     if name == "find_zero" and task.task_id.startswith("HumanEval/"):
-        return abs(_polynomial(*arguments, output)) <= atol
+        return abs(_polynomial(arguments[0], output)) <= atol
     right = bool(output == target)
     if task.task_id.startswith("Mbpp/"):
         special = _special(name, arguments, output, target, atol)
@@ -254,7 +254,7 @@ def restore_mbpp_inputs(number: int, inputs: list[Any]) -> list[Any]:
 
 
 def _restore(number: int, arguments: list[Any]) -> list[Any]:
-    first, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
+    first, rest = (arguments[0], arguments[1:]) if arguments else ([], [])
     restored: list[Any] = arguments
     if number in _ARGUMENTS:
         restored = [tuple(argument) for argument in arguments]

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 from megatron_ra3.evaluate.cgroups import sweep
 from megatron_ra3.evaluate.scripts import run_script
@@ -38,7 +38,7 @@ facts = {
     "sees a file of the host": os.path.exists(PATH),
     "finds files of another program": os.listdir("/tmp") != [],
     "creates namespaces": libc.unshare(0x10000000) == 0,
-    "holds capabilities": any(line.startswith("CapEff") and int(line.split()[1], 16) for line in open("/proc/self/status")),
+    "holds capabilities": "CapEff:\t0000000000000000" not in open("/proc/self/status").read(),
 }
 try:
     socket.socket()
@@ -56,7 +56,7 @@ print(";".join(name for name, found in facts.items() if found), end="")
 
 
 class IsolationError(ValueError):
-    """This machine cannot hold programs in a jail, and running them without one was not asked for."""
+    """The machine cannot hold programs in a jail, and running them without one was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,14 @@ class Verdict:
     def passed(self) -> bool:
         """Whether all tests ran and all were answered right."""
         return self.outcome == "pass"
+
+
+def brief(value: object) -> str:
+    """At most 100 characters of what a program returned, whatever it is."""
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # a number of very many digits, or a value nested very deep
+        return f"<{type(value).__name__}>"
 
 
 class Sandbox:
@@ -130,7 +138,7 @@ class Sandbox:
                 raise IsolationError(_refusal(str(error))) from None
             raise
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ra3.evaluate.worker import Finished, Limits, Watch, Worker, sealed_file
 
@@ -71,13 +71,16 @@ def run_script(
 def _collect(worker: Worker, out: _Drain, err: _Drain, limits: Limits) -> Finished:
     watch = Watch(worker, limits)
 
-    def take(drain: _Drain) -> None:
-        drain.read()
-        if not drain.open:
-            watch.off(drain.descriptor)
+    def taking(drain: _Drain) -> Callable[[int], None]:
+        def take(_: int) -> None:
+            drain.read()
+            if not drain.open:
+                watch.off(drain.descriptor)
+
+        return take
 
     for drain in (out, err):
-        watch.on(drain.descriptor, select.POLLIN, lambda _, drain=drain: take(drain))
+        watch.on(drain.descriptor, select.POLLIN, taking(drain))
     in_time = watch.run(lambda: out.flooded or err.flooded, limits.time_s)
     ended = watch.finish()
     for drain in (out, err):  # what was written before the end is in the pipes; nobody is left to write more

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from megatron_ra3.evaluate.jail import values
 from megatron_ra3.evaluate.worker import JailError, Limits, ProgramError, Watch, Worker
@@ -38,6 +38,7 @@ class Handle:
         return f"<{object.__getattribute__(self, '_ra3_kind')} in the jail>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the object in the jail returns."""
         return session_of(self).call("", *args, on=self, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
@@ -85,9 +86,10 @@ class Session:
             theirs.close()
         self._watch = Watch(worker, limits)
         self._received = bytearray()
+        self._pending = memoryview(b"")
         self._closed = False
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         try:
             self._guarded(lambda: self._reply(b"", None))
         except (ProgramError, JailError):
@@ -100,7 +102,9 @@ class Session:
         if not isinstance(self.failure, JailError):
             self._watch.finish()
 
-    def call(self, name: str, /, *args: Any, on: Handle | None = None, limit_s: float | None = None, **kwargs: Any) -> Any:
+    def call(
+        self, name: str, /, *args: Any, on: Handle | None = None, limit_s: float | None = None, **kwargs: Any
+    ) -> Any:
         """`name(*args, **kwargs)` in the jail, or a method of `on`, or `on` itself if `name` is empty."""
         self.calls += 1
         return self.request("call", name, args, kwargs, on=on, limit_s=limit_s)[0]
@@ -172,49 +176,50 @@ class Session:
             raise ProgramError("data", str(error)[:1000]) from None
 
     def _exchange(self, message: bytes, limit_s: float) -> bytes:
-        pending = memoryview(message)
-        channel = self._channel.fileno()
-
-        def complete() -> bool:
-            if len(self._received) < _HEADER.size:
-                return False
-            length = _HEADER.unpack_from(self._received)[0]
-            if length > self._limits.output_bytes:
-                raise ProgramError("output", f"a value of more than {self._limits.output_bytes} bytes")
-            return len(self._received) >= _HEADER.size + length
-
-        def serve(events: int) -> None:
-            nonlocal pending
-            try:
-                if events & select.POLLOUT and pending:
-                    pending = pending[self._channel.send(pending) :]
-                    if not pending:
-                        self._watch.on(channel, select.POLLIN, serve)
-                if events & ~select.POLLOUT:
-                    chunk = self._channel.recv(1 << 16)
-                    self._received += chunk
-                    if not chunk:
-                        raise ConnectionResetError
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:  # the program is gone or has closed its end; the server says which
-                self._watch.off(channel)
-                self._closed = True
-
-        self._watch.on(channel, select.POLLIN | (select.POLLOUT if pending else 0), serve)
-        in_time = self._watch.run(lambda: self._closed or complete(), max(limit_s, 0.001))
-        if self._closed and not complete():
-            self._watch.run(lambda: False, 1.0)
-            if self._watch.ended is None:
-                raise ProgramError("data", "the program closed its channel")
-        if self._watch.ended is not None and not complete():
-            raise ProgramError("exit", f"the program ended with status {self._watch.ended['code']} instead of answering")
-        if not in_time:
-            raise ProgramError("time", f"no answer within {limit_s:.2f} s")
-        length = _HEADER.unpack_from(self._received)[0]
+        """Send `message`, wait for one frame. Raises ProgramError if there is none in time."""
+        self._pending = memoryview(message)
+        self._watch.on(self._channel.fileno(), select.POLLIN | (select.POLLOUT if message else 0), self._serve)
+        in_time = self._watch.run(lambda: self._closed or self._frame_bytes() is not None, max(limit_s, 0.001))
+        length = self._frame_bytes()
+        if length is None:
+            if self._closed:
+                self._watch.run(lambda: False, 1.0)
+            if self._watch.ended is not None:
+                status = self._watch.ended["code"]
+                raise ProgramError("exit", f"the program ended with status {status} instead of answering")
+            if not in_time:
+                raise ProgramError("time", f"no answer within {limit_s:.2f} s")
+            raise ProgramError("data", "the program closed its channel")
         frame = bytes(self._received[_HEADER.size : _HEADER.size + length])
         del self._received[: _HEADER.size + length]
         return frame
+
+    def _frame_bytes(self) -> int | None:
+        """The length of the frame that has arrived; None while it is not complete."""
+        if len(self._received) < _HEADER.size:
+            return None
+        length = int(_HEADER.unpack_from(self._received)[0])
+        if length > self._limits.output_bytes:
+            raise ProgramError("output", f"a value of more than {self._limits.output_bytes} bytes")
+        return length if len(self._received) >= _HEADER.size + length else None
+
+    def _serve(self, events: int) -> None:
+        """Send and receive what is possible now."""
+        try:
+            if events & select.POLLOUT:
+                self._pending = self._pending[self._channel.send(self._pending) :]
+                if not self._pending:
+                    self._watch.on(self._channel.fileno(), select.POLLIN, self._serve)
+            if events & ~select.POLLOUT:
+                chunk = self._channel.recv(1 << 16)
+                self._received += chunk
+                self._closed = not chunk
+        except BlockingIOError:
+            return
+        except OSError:  # the program is gone or has closed its end; the server says which
+            self._closed = True
+        if self._closed:
+            self._watch.off(self._channel.fileno())
 
     def _encode_handle(self, value: Any) -> list[Any]:
         if isinstance(value, Handle):

@@ -10,8 +10,8 @@ import decimal
 import math
 from typing import Any
 
+from megatron_ra3.evaluate.sandbox import Verdict, brief
 from megatron_ra3.evaluate.scripts import run_script
-from megatron_ra3.evaluate.sandbox import Verdict
 from megatron_ra3.evaluate.session import Session
 from megatron_ra3.evaluate.tasks import FunctionTask, IoTest, ScriptTask
 from megatron_ra3.evaluate.worker import JailError, Limits, Worker
@@ -67,7 +67,7 @@ def attempt_script(worker: Worker, task: ScriptTask, code: str) -> Verdict:
         elif not reason:
             output = finished.stdout.decode(errors="replace")
             if not (_checked(worker, task, test, output) if task.checker else same_output(output, test.output)):
-                reason, detail = "wrong", f"{output!r:.100} instead of {test.output!r:.100}"
+                reason, detail = "wrong", f"{brief(output)} instead of {brief(test.output)}"
         if reason:
             return Verdict(outcome="fail", reason=reason, detail=f"test {index}: {detail}", tests_passed=index)
     if not task.tests:
@@ -93,12 +93,17 @@ def attempt_function(worker: Worker, task: FunctionTask, code: str) -> Verdict:
         owner = session.call("Solution") if "class Solution" in code else None
         for index, test in enumerate(task.tests):
             output = session.call(method, *test.input, on=owner, limit_s=task.time_s)
-            if not same_value(output, test.output):
-                detail = f"test {index}: {output!r:.100} instead of {test.output!r:.100}"
+            if not (same_value(output, test.output) or (task.wrapped and _first(output, test.output))):
+                detail = f"test {index}: {brief(output)} instead of {brief(test.output)}"
                 return Verdict(outcome="fail", reason="wrong", detail=detail, tests_passed=index)
     if not task.tests:
         return Verdict(outcome="fail", reason="untested", detail="the task has no tests")
     return Verdict(outcome="pass", tests_passed=len(task.tests))
+
+
+def _first(given: Any, right: Any) -> bool:
+    """APPS keeps some return values in a list of one."""
+    return isinstance(right, list) and len(right) > 0 and same_value(given, right[0])
 
 
 def same_value(given: Any, right: Any) -> bool:

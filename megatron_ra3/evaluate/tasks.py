@@ -86,6 +86,8 @@ class FunctionTask:
     tests: tuple[IoTest, ...]
     """Inputs are lists of arguments."""
     time_s: float = 6.0
+    wrapped: bool = False
+    """Whether an expected value may be a list that holds the right one first, as in APPS."""
     references: tuple[str, ...] = ()
 
 
@@ -106,7 +108,9 @@ class TaskFile(Generic[TaskT]):
 def read_file(path: Path, sha256: str | None) -> tuple[bytes, str]:
     """The unpacked content and the checksum of the file as it lies there; `sha256=None` accepts any content."""
     if not path.is_file():
-        raise ValueError(f"no benchmark file {path}: download it yourself and give its path; nothing is downloaded here")
+        raise ValueError(
+            f"no benchmark file {path}: download it yourself and give its path; nothing is downloaded here"
+        )
     raw = path.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
     if sha256 is not None and found != sha256:
@@ -128,7 +132,7 @@ def read_records(path: Path, sha256: str | None) -> tuple[list[dict[str, Any]], 
 
 
 def load_humaneval(path: Path, sha256: str | None = HUMANEVAL_SHA256) -> TaskFile[AssertTask]:
-    """HumanEval: the tests of a few tasks use helpers of the prompt, so that a trusted copy of it is run beside them."""
+    """HumanEval. The tests of a few tasks use helpers of the prompt; a trusted copy of it is run beside them."""
     records, found = read_records(path, sha256)
     tasks = []
     for record in _complete(path, records, "task_id prompt entry_point canonical_solution test"):

@@ -56,7 +56,7 @@ class ProgramError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use. Times are seconds of its main thread, not counting what a busy machine keeps it waiting."""
+    """What one program may use. Time on the clock does not count while a busy machine keeps the program waiting."""
 
     time_s: float = 10.0
     memory_bytes: int = 1024 * MIB
@@ -101,7 +101,7 @@ def bubblewrap_command(prefix: Path, packages: Sequence[Path], *, root: bool) ->
     for name in ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime"):
         path = Path(name)
         if path.is_symlink() and path.parent == Path("/"):
-            command += ["--symlink", os.readlink(name), name]
+            command += ["--symlink", str(path.readlink()), name]
         elif path.exists():
             command += ["--ro-bind", name, name]
     command += ["--dev", "/dev", "--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108

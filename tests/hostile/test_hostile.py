@@ -10,7 +10,7 @@ from megatron_ra3.evaluate.graders import grade
 from megatron_ra3.evaluate.sandbox import Sandbox
 from megatron_ra3.evaluate.tasks import AssertTask, IoTest, ScriptTask
 from megatron_ra3.evaluate.worker import MIB, Limits
-from tests.hostile.programs import ADDING, CONTROL, PRINTING
+from tests.hostile.programs import CONTROL, FUNCTIONS, SCRIPTS
 
 ADD = AssertTask(
     task_id="add",
@@ -29,26 +29,26 @@ def check_unharmed(jail, failures):
 
 
 def test_the_suite_is_large_and_its_names_are_distinct():
-    names = [program.name for program in (*ADDING, *PRINTING)]
+    names = [program.name for program in (*FUNCTIONS, *SCRIPTS)]
     assert len(set(names)) == len(names) >= 40
 
 
-@pytest.mark.parametrize("program", ADDING, ids=lambda program: program.name)
+@pytest.mark.parametrize("program", FUNCTIONS, ids=lambda program: program.name)
 def test_no_program_talks_its_way_to_a_pass(jail, program):
     failures = jail.infrastructure_errors
     verdict = grade(jail, ADD, program.code)
     assert verdict.outcome == "fail"
-    assert verdict.reason in program.reasons.split(), verdict
+    assert verdict.reason in program.reasons, verdict
     assert verdict.tests_passed < 2  # one right answer may be luck
     check_unharmed(jail, failures)
 
 
-@pytest.mark.parametrize("program", PRINTING, ids=lambda program: program.name)
+@pytest.mark.parametrize("program", SCRIPTS, ids=lambda program: program.name)
 def test_no_script_prints_its_way_to_a_pass(jail, program):
     failures = jail.infrastructure_errors
     verdict = grade(jail, PRINT, program.code)
     assert verdict.outcome == "fail"
-    assert verdict.reason in program.reasons.split(), verdict
+    assert verdict.reason in program.reasons, verdict
     check_unharmed(jail, failures)
 
 
@@ -77,7 +77,10 @@ WITH_PROCESSES = Limits(time_s=2.0, processes=True, max_tasks=16, memory_bytes=5
 
 
 def test_a_fork_bomb_stays_within_its_tasks(jail):
-    code = "import os, time\nn = 0\nwhile n < 200:\n  try:\n    if os.fork() == 0: time.sleep(99)\n    n += 1\n  except OSError: break\nprint(n)"
+    code = (
+        "import os, time\nn = 0\nwhile n < 200:\n  try:\n    if os.fork() == 0: time.sleep(99)\n    n += 1\n"
+        "  except OSError: break\nprint(n)"
+    )
     finished = jail.run_script(code, limits=WITH_PROCESSES)
     assert finished.code == 0
     assert 0 < int(finished.stdout) <= 16
@@ -92,7 +95,7 @@ def test_a_fork_bomb_that_never_ends_is_ended(jail):
 
 def test_daemons_end_with_their_program(jail):
     code = (
-        "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    for d in (0, 1, 2): os.close(d)\n"
+        "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    os.closerange(0, 3)\n"
         "    time.sleep(600)\n  os._exit(0)\ntime.sleep(0.2)\nprint('left')"
     )
     before = processes()
@@ -121,11 +124,11 @@ def test_memory_of_many_processes_is_bounded_together(jail):
 def test_nothing_accumulates(jail):
     for _ in range(3):
         grade(jail, ADD, CONTROL)
-    before = (len(os.listdir("/proc/self/fd")), processes(), temporary_files())
+    before = (len(list(Path("/proc/self/fd").iterdir())), processes(), temporary_files())
     for _ in range(40):
         assert grade(jail, ADD, CONTROL).passed
         jail.run_script("open('left', 'w').write('x' * 1000)")
-    after = (len(os.listdir("/proc/self/fd")), processes(), temporary_files())
+    after = (len(list(Path("/proc/self/fd").iterdir())), processes(), temporary_files())
     assert after[0] == before[0]
     assert after[1] <= before[1]
     assert after[2] == before[2]

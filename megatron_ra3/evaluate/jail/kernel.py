@@ -29,12 +29,12 @@ def _check(result: int, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2)."""
+    """Leave namespaces for new ones (unshare)."""
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    """setns(2)."""
+    """Enter a namespace (setns)."""
     _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
 
 
@@ -50,7 +50,7 @@ def detach(target: str) -> None:
 
 
 def prctl(option: int, first: int, second: object = 0) -> None:
-    """prctl(2)."""
+    """Set a property of this process (prctl)."""
     argument = second if isinstance(second, ctypes.c_void_p) else ctypes.c_ulong(0)
     _check(_libc.prctl(option, ctypes.c_ulong(first), argument, 0, 0), f"prctl {option}")
 

@@ -21,9 +21,21 @@ from typing import Any, NoReturn
 from . import kernel, values
 
 WARM = (
-    "array bisect collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io itertools "
-    "json math operator queue random re statistics string textwrap typing"
-).split()
+    *(
+        "array",
+        "bisect",
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "datetime",
+        "decimal",
+        "enum",
+        "fractions",
+    ),
+    *("functools", "heapq", "io", "itertools", "json", "math", "operator", "queue", "random", "re", "statistics"),
+    *("string", "textwrap", "typing"),
+)
 _TEXT_LIMIT = 2000
 
 
@@ -95,14 +107,14 @@ def _run_script(job: dict[str, Any]) -> NoReturn:
             writing.write(text)
     sys.argv = ["main.py", *job["argv"]]
     for name, descriptor, how in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        stream = io.open(descriptor, how, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115, UP020, PTH123
+        stream = io.open(descriptor, how, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115, UP020
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     code = 0
     try:
-        exec(compile(job["code"], "main.py", "exec"), main.__dict__)
+        exec(compile(job["code"], "main.py", "exec"), main.__dict__)  # noqa: S102 - running programs is what this is for
     except SystemExit as leaving:
         code = _exit_code(leaving.code)
     except BaseException:  # noqa: BLE001 - what the interpreter itself does with an uncaught error
@@ -142,13 +154,17 @@ def _serve_calls(job: dict[str, Any], channel: int) -> NoReturn:
     def fetch(data: list[Any]) -> Any:
         return objects[data[1]]
 
-    _answer(stream, lambda: exec(compile(job["code"], "solution.py", "exec"), module.__dict__), keep)
+    _answer(stream, lambda: _load(job["code"], module), keep)
     while True:
         request = json.loads(_receive(stream))
-        _answer(stream, lambda request=request: _perform(request, module, keep, fetch), keep)
+        _answer(stream, lambda request=request: _perform(request, module, fetch), keep)
 
 
-def _perform(request: dict[str, Any], module: types.ModuleType, keep: values.Foreign, fetch: values.Foreign) -> Any:
+def _load(code: str, module: types.ModuleType) -> None:
+    exec(compile(code, "solution.py", "exec"), module.__dict__)  # noqa: S102 - running programs is what this is for
+
+
+def _perform(request: dict[str, Any], module: types.ModuleType, fetch: values.Foreign) -> Any:
     owner: Any = module if request["on"] is None else fetch(["h", request["on"]])
     arguments = [values.decode(argument, fetch) for argument in request["args"]]
     operation, name = request["op"], request["name"]

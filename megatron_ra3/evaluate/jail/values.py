@@ -17,8 +17,10 @@ MAX_DEPTH = 150
 MAX_RANGE = 10**6
 MAX_EXPONENT = 10**4
 PLAIN_INT = 1 << 53
-BUILTIN_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict, type)}
-_LISTS: dict[str, Callable[[Iterable[Any]], Any]] = {"l": list, "t": tuple}
+BUILTIN_TYPES: dict[str, type] = {
+    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict, type)
+}
+_LISTS: dict[str, Callable[[Iterable[Any]], Any]] = {"l": list, "t": tuple, "q": collections.deque}
 _SETS: dict[str, Callable[[Iterable[Any]], Any]] = {"s": set, "z": frozenset}
 _MAPPINGS: dict[str, Callable[[Iterable[Any]], Any]] = {
     "d": dict,
@@ -49,7 +51,14 @@ def encode(value: Any, foreign: Foreign, depth: int = 0) -> Any:
 
 
 def _encode_rarer(value: Any, foreign: Foreign, depth: int) -> Any:
-    for kind, base in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
+    bases: tuple[tuple[str, Any], ...] = (
+        ("l", list),
+        ("t", tuple),
+        ("s", set),
+        ("z", frozenset),
+        ("q", collections.deque),
+    )
+    for kind, base in bases:
         if isinstance(value, base):
             return [kind, *[encode(item, foreign, depth) for item in base.__iter__(value)]]
     if isinstance(value, dict):
@@ -60,8 +69,6 @@ def _encode_rarer(value: Any, foreign: Foreign, depth: int) -> Any:
             kind = "o"
         pairs = dict.items(value)
         return [kind, *[[encode(key, foreign, depth), encode(item, foreign, depth)] for key, item in pairs]]
-    if isinstance(value, collections.deque):
-        return ["q", *[encode(item, foreign, depth) for item in collections.deque.__iter__(value)]]
     return _encode_scalar(value)
 
 
@@ -83,7 +90,7 @@ def _encode_scalar(value: Any) -> Any:
         encoded = ["D", decimal.Decimal.__str__(value)]
     elif isinstance(value, fractions.Fraction):
         encoded = ["F", hex(value.numerator), hex(value.denominator)]
-    elif isinstance(value, type) and BUILTIN_TYPES.get(value.__name__) is value:
+    elif any(value is kind for kind in BUILTIN_TYPES.values()):
         encoded = ["T", value.__name__]
     elif "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
         encoded = _encode_scalar(value.item())
@@ -117,8 +124,6 @@ def _decode(data: Any, foreign: Foreign, depth: int) -> Any:
         pairs = [(_decode(key, foreign, depth + 1), _decode(item, foreign, depth + 1)) for key, item in rest]
         _spread([key for key, _ in pairs])
         return _MAPPINGS[tag](pairs)
-    if tag == "q":
-        return collections.deque(_decode(item, foreign, depth + 1) for item in rest)
     return foreign(data) if tag == "h" else _decode_scalar(tag, rest)
 
 

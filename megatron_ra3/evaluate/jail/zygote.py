@@ -123,9 +123,7 @@ def _times(proc: str) -> dict[str, float]:
     return {"ran_s": int(ran_ns) / 1e9, "waited_s": int(waited_ns) / 1e9}
 
 
-def _become_program(
-    settings: dict[str, Any], request: dict[str, Any], descriptors: list[int], reporter: int
-) -> None:
+def _become_program(settings: dict[str, Any], request: dict[str, Any], descriptors: list[int], reporter: int) -> None:
     """In the fork: give everything up, then run the program. Never returns."""
     try:
         reporter = _arrange_descriptors(descriptors, reporter)
