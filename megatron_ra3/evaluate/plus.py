@@ -6,6 +6,7 @@ a right answer to HumanEval/32 (`find_zero`) leaves no mark and counts as missin
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -55,7 +56,7 @@ class Expected:
 
 
 class PlusReferences:
-    """What references return, run once in the jail and kept in `folder` (as JSON), if one is given.
+    """What references return, run once in the jail and kept in `folder` (as packed JSON), if one is given.
 
     A file is named by the task, its content and the Python version, so that an old one is never taken for a new one.
     """
@@ -87,7 +88,7 @@ class PlusReferences:
             return None
         content = repr((task.reference, task.entry_point, task.base_inputs, task.plus_inputs))
         digest = hashlib.sha256(f"{platform.python_version()}{content}".encode()).hexdigest()[:16]
-        return self._folder / f"{task.task_id.replace('/', '-')}-{digest}.json"
+        return self._folder / f"{task.task_id.replace('/', '-')}-{digest}.json.gz"
 
 
 def _run_reference(sandbox: Sandbox, task: PlusTask) -> Expected:
@@ -114,12 +115,12 @@ def _write(path: Path, expected: Expected) -> None:
         return
     data = {"seconds": expected.seconds, "outputs": [values.encode(output, _refuse) for output in expected.outputs]}
     partial = path.with_suffix(f".{threading.get_ident()}.partial")
-    partial.write_text(json.dumps(data), encoding="utf-8")
+    partial.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=1))
     partial.replace(path)
 
 
 def _read(path: Path) -> Expected:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(gzip.decompress(path.read_bytes()))
     return Expected(tuple(values.decode(output, _refuse) for output in data["outputs"]), tuple(data["seconds"]))
 
 

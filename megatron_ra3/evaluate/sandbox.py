@@ -160,9 +160,12 @@ class Sandbox:
             if worker is None:
                 worker = self._new_worker(index)
             yield worker
-        except JailError:
-            with self._lock:
-                self.infrastructure_errors += 1
+        except ProgramError:
+            raise
+        except BaseException as error:  # its program may still be running: never give such a worker to the next one
+            if isinstance(error, JailError):
+                with self._lock:
+                    self.infrastructure_errors += 1
             if worker is not None:
                 worker.close()
             worker = None

@@ -104,7 +104,12 @@ def bubblewrap_command(prefix: Path, packages: Sequence[Path], *, root: bool) ->
             command += ["--symlink", str(path.readlink()), name]
         elif path.exists():
             command += ["--ro-bind", name, name]
-    command += ["--dev", "/dev", "--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108
+    command += ["--perms", "0755", "--tmpfs", "/dev"]  # not --dev: its terminals need a user namespace of their own
+    for name in ("null", "zero", "full", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for target, name in (("", "fd"), ("/0", "stdin"), ("/1", "stdout"), ("/2", "stderr")):
+        command += ["--symlink", f"/proc/self/fd{target}", f"/dev/{name}"]
+    command += ["--proc", "/proc", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108
     bound = {Path("/"), Path("/usr"), Path("/tmp")}  # noqa: S108
     for folder in (prefix, *packages):
         command += _bind(folder, bound)
@@ -168,9 +173,8 @@ class Worker:
             if self.receive(_START_S)["event"] != "ready":
                 raise JailError("the server of the jail did not report ready")
         except JailError as error:
-            said = os.pread(self._errors, 2000, 0).decode(errors="replace").strip()
             self.close()
-            raise JailError(f"the jail did not start: {error}; {said}") from None
+            raise JailError(f"the jail did not start: {error}") from None
 
     def close(self) -> None:
         """End the jail and everything in it."""
@@ -215,7 +219,8 @@ class Worker:
         except OSError as error:
             raise JailError(f"the server of the jail is gone: {error}") from None
         if not message:
-            raise JailError("the server of the jail ended")
+            said = os.pread(self._errors, 2000, 0).decode(errors="replace").strip()
+            raise JailError(f"the server of the jail ended; it said {said!r}")
         report: dict[str, Any] = json.loads(message)
         if report["event"] == "failed":
             raise JailError(f"a program could not be started: {report['reason']}")

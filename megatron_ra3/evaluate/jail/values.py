@@ -16,6 +16,7 @@ MAX_DEPTH = 150
 """Nesting that is still encoded and decoded; well below the recursion limit of both sides."""
 MAX_RANGE = 10**6
 MAX_EXPONENT = 10**4
+MAX_CONTAINERS = 10**6
 PLAIN_INT = 1 << 53
 BUILTIN_TYPES: dict[str, type] = {
     kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict, type)
@@ -174,7 +175,9 @@ def dumps(data: Any) -> bytes:
 
 
 def loads(raw: bytes) -> Any:
-    """The data of JSON bytes; ValueError for anything else, numbers of absurd length and depth included."""
+    """The data of JSON bytes; ValueError for anything else, absurd numbers, depths and counts included."""
+    if raw.count(b"[") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS} lists")
     try:
         return json.loads(raw)
     except RecursionError:
