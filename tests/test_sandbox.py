@@ -188,6 +188,18 @@ def test_values_keep_their_types():
         assert repr(back) == repr(value)
 
 
+def test_a_very_large_sequence_comes_out_as_its_digest():
+    def passed(value):
+        return values.decode(values.loads(values.dumps(values.encode(value, refuse))), refuse)
+
+    large = [("x",) * 1000] * 1000 + [(1, 2.0)]
+    assert isinstance(passed(large), values.Digest)
+    assert passed(passed(large)) == passed(list(large))
+    assert passed(large) != passed(tuple(large))
+    assert passed(large) != passed([*large[:-1], (1, 2)])
+    assert passed(large) != passed([*large[:-1], large[-1], ()])
+
+
 def test_subclasses_come_out_as_what_they_contain():
     class Liar(int):
         def __eq__(self, other):

@@ -28,6 +28,7 @@ REFERENCE_TIME_FACTOR = 4.0
 MAX_TASK_TIME_S = 60.0
 _REFERENCE_TIME_S = 600.0
 _MEMORY_BYTES = 4 << 30
+_VALUE_BYTES = 64 << 20
 
 NOT_NONE = {"check_str", "text_match_three", "text_starta_endb"}
 SAME_SET = {
@@ -92,7 +93,7 @@ class PlusReferences:
 
 
 def _run_reference(sandbox: Sandbox, task: PlusTask) -> Expected:
-    limits = Limits(time_s=_REFERENCE_TIME_S, memory_bytes=_MEMORY_BYTES)
+    limits = Limits(time_s=_REFERENCE_TIME_S, memory_bytes=_MEMORY_BYTES, output_bytes=_VALUE_BYTES)
     outputs, seconds = [], []
     try:
         with sandbox.worker() as worker, Session(worker, task.reference, limits) as session:
@@ -155,7 +156,9 @@ def _attempt_inputs(
 ) -> tuple[str, int]:
     """What was wrong first, empty if nothing, and how many answers before it were right."""
     limits_s = expected.limits_s
-    limits = Limits(time_s=min(MAX_TASK_TIME_S, sum(limits_s)) + 1.0, memory_bytes=_MEMORY_BYTES)
+    limits = Limits(
+        time_s=min(MAX_TASK_TIME_S, sum(limits_s)) + 1.0, memory_bytes=_MEMORY_BYTES, output_bytes=_VALUE_BYTES
+    )
     atol = task.atol
     with Session(worker, code, limits) as session:
         for index, (arguments, target) in enumerate(zip(inputs, expected.outputs, strict=True)):

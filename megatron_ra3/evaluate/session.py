@@ -107,12 +107,12 @@ class Session:
     ) -> Any:
         """`name(*args, **kwargs)` in the jail, or a method of `on`, or `on` itself if `name` is empty."""
         self.calls += 1
-        return self.request("call", name, args, kwargs, on=on, limit_s=limit_s)[0]
+        return self.request("call", name, args, kwargs, on=on, limit_s=limit_s)
 
     def call_mutable(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Like `call`; lists, dicts and sets among the arguments are changed as the program changed its copies."""
         self.calls += 1
-        result, after = self.request("call", name, args, kwargs, mutable=True)
+        result, after = self._exchanged("call", name, args, kwargs, mutable=True)
         for before, now in zip(args, after, strict=True):
             if type(before) is type(now) and before is not now:
                 if isinstance(before, list):
@@ -130,10 +130,23 @@ class Session:
         kwargs: Mapping[str, Any] | None = None,
         *,
         on: Handle | None = None,
-        mutable: bool = False,
         limit_s: float | None = None,
     ) -> Any:
         """One exchange with the jail; `operation` is "call", "get", "set" or "list"."""
+        return self._exchanged(operation, name, args, kwargs, on=on, limit_s=limit_s)[0]
+
+    def _exchanged(
+        self,
+        operation: str,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        *,
+        on: Handle | None = None,
+        mutable: bool = False,
+        limit_s: float | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """The result, and if `mutable` the arguments as the program left them."""
         if self.failure is not None:
             raise self.failure
         message = values.dumps(
@@ -146,15 +159,13 @@ class Session:
                 "mutable": mutable,
             }
         )
-        value = self._guarded(lambda: self._reply(_HEADER.pack(len(message)) + message, limit_s))
-        if operation != "call":
-            return value
-        if type(value) is not tuple or len(value) != 1 + mutable:
-            self.failure = ProgramError("data", "an answer without a result")
+        result, after = self._guarded(lambda: self._reply(_HEADER.pack(len(message)) + message, limit_s))
+        if len(after) != (len(args) if mutable else 0):
+            self.failure = ProgramError("data", f"{len(after)} arguments came back")
             raise self.failure
-        return value
+        return result, after
 
-    def _guarded(self, exchange: Callable[[], Any]) -> Any:
+    def _guarded(self, exchange: Callable[[], tuple[Any, list[Any]]]) -> tuple[Any, list[Any]]:
         try:
             return exchange()
         except (ProgramError, JailError) as error:
@@ -162,7 +173,7 @@ class Session:
                 self.failure = error
             raise
 
-    def _reply(self, message: bytes, limit_s: float | None) -> Any:
+    def _reply(self, message: bytes, limit_s: float | None) -> tuple[Any, list[Any]]:
         start = time.monotonic()
         raw = self._exchange(message, min(self._remaining_s, limit_s or self._remaining_s))
         self.seconds = time.monotonic() - start
@@ -171,7 +182,8 @@ class Session:
             reply = values.loads(raw)
             if "error" in reply:
                 raise ProgramError("error", f"{reply['error']}: {reply['text']}"[:1000])
-            return values.decode(reply["value"], self._decode_handle)
+            after = [values.decode(argument, self._decode_handle) for argument in reply["after"]]
+            return values.decode(reply["value"], self._decode_handle), after
         except (ValueError, TypeError, KeyError) as error:
             raise ProgramError("data", str(error)[:1000]) from None
 

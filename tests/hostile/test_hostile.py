@@ -125,12 +125,12 @@ def test_nothing_accumulates(jail):
     """Set RA3_SOAK_PROGRAMS for a longer run."""
     for _ in range(3):
         grade(jail, ADD, CONTROL)
-    before = descriptors(), processes(), temporary_files()
+    before = descriptors(), processes(), temporary_files(jail)
     resident = resident_kib()
     for _ in range(int(os.environ.get("RA3_SOAK_PROGRAMS", "80")) // 2):
         assert grade(jail, ADD, CONTROL).passed
         assert jail.run_script("open('left', 'w').write('x' * 1000)").code == 0
-    assert (descriptors(), processes(), temporary_files()) == before
+    assert (descriptors(), processes(), temporary_files(jail)) == before
     assert resident_kib() < resident + 16_000
 
 
@@ -178,5 +178,5 @@ def family():
     return found
 
 
-def temporary_files():
-    return len(list(Path("/tmp").glob("ra3-jail-*")))
+def temporary_files(jail):
+    return len(list(Path(jail._folder).rglob("*")))

@@ -4,6 +4,7 @@ Nothing here is trusted once the program has started: whatever this process send
 """
 
 import atexit
+import functools
 import gc
 import importlib
 import io
@@ -16,6 +17,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import kernel, values
@@ -154,34 +156,38 @@ def _serve_calls(job: dict[str, Any], channel: int) -> NoReturn:
     def fetch(data: list[Any]) -> Any:
         return objects[data[1]]
 
-    _answer(stream, lambda: _load(job["code"], module), keep)
+    _answer(stream, functools.partial(_load, job["code"], module), keep)
     while True:
         request = json.loads(_receive(stream))
-        _answer(stream, lambda request=request: _perform(request, module, fetch), keep)
+        _answer(stream, functools.partial(_perform, request, module, fetch), keep)
 
 
-def _load(code: str, module: types.ModuleType) -> None:
+def _load(code: str, module: types.ModuleType) -> tuple[None, list[Any]]:
     exec(compile(code, "solution.py", "exec"), module.__dict__)  # noqa: S102 - running programs is what this is for
+    return None, []
 
 
-def _perform(request: dict[str, Any], module: types.ModuleType, fetch: values.Foreign) -> Any:
+def _perform(request: dict[str, Any], module: types.ModuleType, fetch: values.Foreign) -> tuple[Any, list[Any]]:
     owner: Any = module if request["on"] is None else fetch(["h", request["on"]])
     arguments = [values.decode(argument, fetch) for argument in request["args"]]
     operation, name = request["op"], request["name"]
     if operation == "get":
-        return getattr(owner, name)
+        return getattr(owner, name), []
     if operation == "set":
-        return setattr(owner, name, arguments[0])
+        setattr(owner, name, arguments[0])
+        return None, []
     if operation == "list":
-        return list(owner)
+        return list(owner), []
     keywords = {key: values.decode(value, fetch) for key, value in request["kwargs"].items()}
     result = (getattr(owner, name) if name else owner)(*arguments, **keywords)
-    return (result, arguments) if request["mutable"] else (result,)
+    return result, arguments if request["mutable"] else []
 
 
-def _answer(stream: io.RawIOBase, action: Any, keep: values.Foreign) -> None:
+def _answer(stream: io.RawIOBase, action: Callable[[], tuple[Any, list[Any]]], keep: values.Foreign) -> None:
     try:
-        reply: dict[str, Any] = {"value": values.encode(action(), keep)}
+        result, after = action()
+        encoded = [values.encode(argument, keep) for argument in after]
+        reply: dict[str, Any] = {"value": values.encode(result, keep), "after": encoded}
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt are answers here, too
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" (line {last[0].lineno})" if last and last[0].filename == "solution.py" else ""

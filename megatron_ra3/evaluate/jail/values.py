@@ -5,19 +5,25 @@ are exact built-in types, rebuilt from text. Objects of any other type stay in t
 """
 
 import collections
+import dataclasses
 import decimal
 import fractions
+import hashlib
 import json
+import marshal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 MAX_DEPTH = 150
 """Nesting that is still encoded and decoded; well below the recursion limit of both sides."""
+MAX_ITEMS = 10**6
+"""What a list and the lists and texts right inside it may hold together and still be written out."""
 MAX_RANGE = 10**6
 MAX_EXPONENT = 10**4
 MAX_CONTAINERS = 10**6
 PLAIN_INT = 1 << 53
+_DIGESTED_AT_ONCE = 10_000
 BUILTIN_TYPES: dict[str, type] = {
     kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict, type)
 }
@@ -46,9 +52,34 @@ def encode(value: Any, foreign: Foreign, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"a value is nested more than {MAX_DEPTH} deep")
     if kind is list or kind is tuple:
+        if depth == 0 and _items(value) > MAX_ITEMS:
+            return _digest(value)
         return ["l" if kind is list else "t", *[encode(item, foreign, depth + 1) for item in value]]
     encoded = _encode_rarer(value, foreign, depth + 1)
     return foreign(value) if encoded is None else encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """In place of a sequence too large to write out: equal for sequences of equal items of equal types.
+
+    It may come from the program, as any data may: only a program that has the right sequence knows its digest.
+    """
+
+    kind: str
+    length: int
+    sha256: str
+
+
+def _items(value: Sequence[Any]) -> int:
+    return len(value) + sum(len(item) for item in value if isinstance(item, list | tuple | str))
+
+
+def _digest(value: Sequence[Any]) -> list[Any]:
+    content = hashlib.sha256()
+    for start in range(0, len(value), _DIGESTED_AT_ONCE):
+        content.update(marshal.dumps(list(value[start : start + _DIGESTED_AT_ONCE]), 2))  # version 2 shares no objects
+    return ["#", "l" if isinstance(value, list) else "t", len(value), content.hexdigest()]
 
 
 def _encode_rarer(value: Any, foreign: Foreign, depth: int) -> Any:
@@ -91,6 +122,8 @@ def _encode_scalar(value: Any) -> Any:
         encoded = ["D", decimal.Decimal.__str__(value)]
     elif isinstance(value, fractions.Fraction):
         encoded = ["F", hex(value.numerator), hex(value.denominator)]
+    elif type(value) is Digest:
+        encoded = ["#", value.kind, value.length, value.sha256]
     elif any(value is kind for kind in BUILTIN_TYPES.values()):
         encoded = ["T", value.__name__]
     elif "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
@@ -143,6 +176,8 @@ def _decode_scalar(tag: str, rest: list[Any]) -> Any:
         return fractions.Fraction(int(rest[0], 16), int(rest[1], 16))
     if tag == "T":
         return BUILTIN_TYPES[rest[0]]
+    if tag == "#":
+        return Digest(str(rest[0]), int(rest[1]), str(rest[2]))
     raise ValueError(f"unknown tag {str(tag)[:20]!r}")
 
 
