@@ -110,6 +110,7 @@ class Sandbox:
             raise ValueError(f"isolation={isolation!r}: must be 'bubblewrap' or 'unsafe'")
         self.isolation = isolation
         self.infrastructure_errors = 0
+        self.last_infrastructure_error = ""
         self.largest = largest or Limits(memory_bytes=4 << 30)
         self._retries = retries
         self._packages = [path.resolve() for path in packages]
@@ -166,6 +167,7 @@ class Sandbox:
             if isinstance(error, JailError):
                 with self._lock:
                     self.infrastructure_errors += 1
+                    self.last_infrastructure_error = str(error)
             if worker is not None:
                 worker.close()
             worker = None

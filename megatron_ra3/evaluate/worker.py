@@ -193,7 +193,7 @@ class Worker:
         return self._control.fileno()
 
     def start(self, mode: str, job: dict[str, Any], limits: Limits, descriptors: Sequence[int]) -> None:
-        """Let the server fork a program; `descriptors` become its stdin, stdout, stderr and channel."""
+        """Have a program forked and wait until it runs; `descriptors` become its stdin, stdout, stderr and channel."""
         request = {
             "mode": mode,
             "cpu_s": limits.time_s,
@@ -209,6 +209,7 @@ class Worker:
             raise JailError(f"the server of the jail is gone: {error}") from None
         finally:
             os.close(sealed)
+        self.receive(_GRACE_S)
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
         """The next report of the server."""

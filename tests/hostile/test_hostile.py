@@ -25,7 +25,7 @@ PRINT = ScriptTask(task_id="print", prompt="", tests=(IoTest("1 2\n", "3\n"), Io
 def check_unharmed(jail, failures):
     verdict = grade(jail, ADD, CONTROL)
     assert verdict.passed, verdict
-    assert jail.infrastructure_errors == failures
+    assert jail.infrastructure_errors == failures, jail.last_infrastructure_error
 
 
 def test_the_suite_is_large_and_its_names_are_distinct():

@@ -39,6 +39,8 @@ WARM = (
     *("string", "textwrap", "typing"),
 )
 _TEXT_LIMIT = 2000
+PROC_MOUNTED = "proc "
+"""Reported once the server has a mount to undo."""
 
 
 def warm_up() -> None:
@@ -50,12 +52,13 @@ def warm_up() -> None:
         importlib.import_module(name)
 
 
-def restrict(settings: dict[str, Any], request: dict[str, Any], *, proc_options: str | None) -> None:
-    """Enter a fresh /proc, set the limits, and drop the user, all capabilities and most system calls."""
+def restrict(settings: dict[str, Any], request: dict[str, Any], reporter: int) -> None:
+    """Enter a fresh /proc, and say so; set the limits; drop the user, all capabilities and most system calls."""
     os.setsid()
-    if proc_options is not None:
+    if settings["namespaces"]:
         flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-        kernel.mount("proc", "/proc", flags, proc_options)
+        kernel.mount("proc", "/proc", flags, "subset=pid")
+        os.write(reporter, PROC_MOUNTED.encode())
     victim = os.open("/proc/self/oom_score_adj", os.O_WRONLY)  # if memory runs out, end this process, not the server
     os.write(victim, b"1000")
     os.close(victim)

@@ -21,7 +21,7 @@ from . import kernel, program
 
 CHANNEL, JOB = 3, 4
 """Descriptors of a program, after the three that every program has."""
-_PROC_OPTIONS = "subset=pid"
+_RUNNING = "running"
 _FIRST_FREE = 32
 
 
@@ -67,17 +67,21 @@ def _execute(
         kernel.setns(namespace, kernel.CLONE_NEWPID)
     for descriptor in (*descriptors, reporter):
         os.close(descriptor)
-    outside_left, status = _watch(control, pid, "/proc/1" if isolated else f"/proc/{pid}", request["wall_s"])
     with os.fdopen(report, "rb") as reading:
-        setup = reading.read()
+        setup = reading.read().decode(errors="replace")
+    outside_left = False
+    if setup.endswith(_RUNNING):
+        control.send(b'{"event":"started"}')
+        outside_left, status = _watch(control, pid, "/proc/1" if isolated else f"/proc/{pid}", request["wall_s"])
+    else:
+        os.waitpid(pid, 0)
+        status = {"event": "failed", "reason": setup or "it ended before it began"}
     if isolated:
-        if setup:
+        if setup.startswith(program.PROC_MOUNTED):
             kernel.detach("/proc")
         kernel.detach("/tmp")  # noqa: S108
     if outside_left:
         sys.exit(0)
-    if setup != b"running":
-        status = {"event": "failed", "reason": setup.decode(errors="replace") or "the program never started"}
     control.send(json.dumps(status).encode())
 
 
@@ -127,8 +131,8 @@ def _become_program(settings: dict[str, Any], request: dict[str, Any], descripto
     """In the fork: give everything up, then run the program. Never returns."""
     try:
         reporter = _arrange_descriptors(descriptors, reporter)
-        program.restrict(settings, request, proc_options=_PROC_OPTIONS if settings["namespaces"] else None)
-        os.write(reporter, b"running")
+        program.restrict(settings, request, reporter)
+        os.write(reporter, _RUNNING.encode())
         os.close(reporter)
     except BaseException as error:  # noqa: BLE001 - whatever went wrong, the outside must hear of it
         with contextlib.suppress(OSError):
