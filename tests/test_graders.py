@@ -145,6 +145,9 @@ def test_plus_special_oracles(jail):
 
 def test_plus_limits_come_from_the_reference():
     assert Expected((1, 2), (0.01, 0.5)).limits_s == [1.0, 2.0]
+    assert Expected((1, 2), (0.01, 0.5)).total_s == 4.0
+    assert Expected((1,) * 99, (1.0,) * 20 + (0.0,) * 79).total_s == 61.0
+    assert Expected((1, 2), (40.0, 20.0)).total_s == 121.0
 
 
 def test_plus_references_are_kept_by_content(jail, tmp_path):

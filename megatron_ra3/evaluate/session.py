@@ -200,7 +200,7 @@ class Session:
                 status = self._watch.ended["code"]
                 raise ProgramError("exit", f"the program ended with status {status} instead of answering")
             if not in_time:
-                raise ProgramError("time", f"no answer within {limit_s:.2f} s")
+                raise ProgramError("time", f"no answer within {max(limit_s, 0.0):.2f} s")
             raise ProgramError("data", "the program closed its channel")
         frame = bytes(self._received[_HEADER.size : _HEADER.size + length])
         del self._received[: _HEADER.size + length]
