@@ -85,7 +85,7 @@ class StagedState(Protocol):
 
 @dataclass
 class _Save:
-    """A save on its way; `seconds` is what it took so far."""
+    """A save on its way: where to, what its manifest will say, and what its thread has found."""
 
     step: int
     partial: Path
@@ -200,18 +200,18 @@ class Checkpoints:
             self._save.thread.join()
             self._save = None
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint without damage, the same on every rank; None: there is no checkpoint.
+    def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint without damage and its manifest, the same on every rank; None: there is no checkpoint.
 
         All its content is compared with its checksums, every rank reading its share. Damaged ones that are newer are
         renamed, and said so in one line. ValueError: none is whole, or one has another format version.
         """
         found: dict[Path, list[str]] = {}
         for checkpoint in reversed(self._from_first(finished(self.folder))):
-            problems = self._damage(checkpoint)
-            if not problems:
+            manifest, problems = self._read(checkpoint)
+            if manifest is not None and not problems:
                 self._set_aside(found, checkpoint)
-                return checkpoint
+                return checkpoint, manifest
             found[checkpoint] = problems
         kept = self._from_first(set_aside(self.folder))
         if found or kept:
@@ -222,23 +222,29 @@ class Checkpoints:
             )
         return None
 
-    def _damage(self, checkpoint: Path) -> list[str]:
+    def _read(self, checkpoint: Path) -> tuple[dict[str, Any] | None, list[str]]:
+        """Let the first rank read the manifest, and every rank compare its share of the files with it."""
+        manifest: dict[str, Any] | None = None
         problems: list[str] = []
         failure: ValueError | OSError | None = None
         try:
-            manifest = read_manifest(checkpoint)
-            problems = altered(
-                checkpoint, manifest, list(manifest["files"])[self.layout.rank :: self.layout.world_size]
-            )
+            manifest = read_manifest(checkpoint) if self.layout.rank == 0 else None
         except DamagedError as error:
             problems = [str(error)]
         except (ValueError, OSError) as error:
             failure = error
+        manifest, problems, failure = self.layout.gather_from_ranks((manifest, problems, failure))[0]
+        if failure is None and manifest is not None:
+            share = list(manifest["files"])[self.layout.rank :: self.layout.world_size]
+            try:
+                problems = altered(checkpoint, manifest, share)
+            except OSError as error:
+                failure = error
         answers = self.layout.gather_from_ranks((problems, failure))
         for _, refusal in answers:
             if refusal is not None:
                 raise refusal
-        return list(dict.fromkeys(problem for found, _ in answers for problem in found))
+        return manifest, list(dict.fromkeys(problem for found, _ in answers for problem in found))
 
     def _set_aside(self, found: Mapping[Path, Sequence[str]], whole: Path) -> None:
         if self.layout.rank == 0:
@@ -248,6 +254,7 @@ class Checkpoints:
         self.layout.barrier("damaged checkpoints set aside")
 
     def _from_first(self, paths: list[Path]) -> list[Path]:
+        """What the first rank sees: a shared file system may show the others something older."""
         return self.layout.gather_from_ranks(paths if self.layout.rank == 0 else [])[0]
 
     def _publish(self, save: _Save, digests: Mapping[str, str]) -> None:

@@ -17,7 +17,8 @@ SLURM_END = "SLURM_JOB_END_TIME"
 class Deadline:
     """The earlier of SLURM's end of the job and `limit_s` seconds from now (0: no such limit).
 
-    `margin_s` is kept free besides the longest step and the longest save seen so far.
+    `margin_s` is kept free besides the longest step and the longest save seen so far. An end that lies in the past
+    cannot be that of a running job: this machine's clock is wrong, or the job has none, and it is left out.
     ValueError: SLURM's variable is not a number.
     """
 
@@ -36,7 +37,8 @@ class Deadline:
         ends = [(clock() + limit_s, f"checkpoint.wall_clock_limit_s={limit_s:g}")] if limit_s else []
         if SLURM_END in environment:
             remaining_s = _seconds(environment[SLURM_END]) - wall_clock()
-            ends.append((clock() + remaining_s, SLURM_END))
+            if remaining_s > 0:
+                ends.append((clock() + remaining_s, SLURM_END))
         self._end, self._name = min(ends, default=(float("inf"), ""))
 
     def is_near(self, *, step_s: float, longest_save_s: float) -> str:

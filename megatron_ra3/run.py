@@ -26,7 +26,6 @@ from megatron_ra3.deadline import Deadline
 from megatron_ra3.estep import EStep
 from megatron_ra3.kernels.backends import take_fallbacks
 from megatron_ra3.latents import Snippet, Trajectory
-from megatron_ra3.manifest import read_manifest
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.mstep import NextToken
@@ -370,12 +369,12 @@ class Run:
         }
 
     def _restore(self) -> None:
-        checkpoint = self.checkpoints.newest_whole()
-        if checkpoint is None:
+        found = self.checkpoints.newest_whole()
+        if found is None:
             self.metrics.rewind(0, 0)
             self.samples.rewind(0)
             return
-        manifest = read_manifest(checkpoint)
+        checkpoint, manifest = found
         check_compatible(checkpoint, manifest, self._identity)
         before, now = manifest["layout"], self._identity["layout"]
         state.load_state(

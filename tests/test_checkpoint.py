@@ -69,8 +69,7 @@ def checkpoints(layout, tmp_path):
 
 def test_only_the_newest_are_kept_and_the_latest_is_found(checkpoints):
     assert _names(checkpoints) == ["step-00000020", "step-00000030"]
-    latest = checkpoints.newest_whole()
-    manifest = read_manifest(latest)
+    _, manifest = checkpoints.newest_whole()
     assert (manifest["step"], manifest["note"]) == (30, 30)
     assert manifest["files"] == {"state/common": 3, "state/weights": len("state 30")}
     assert manifest["sha256"]["state/weights"] == hashlib.sha256(b"state 30").hexdigest()
@@ -89,11 +88,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints):
     checkpoints.start(40, lambda: {"note": 40}, _write("state 40", lambda: written.wait(30)))
     checkpoints.poll()
     assert checkpoints.saving
-    assert read_manifest(checkpoints.newest_whole())["note"] == 30
+    assert checkpoints.newest_whole()[1]["note"] == 30
     written.set()
     while checkpoints.saving:
         checkpoints.poll()
-    assert read_manifest(checkpoints.newest_whole())["note"] == 40
+    assert checkpoints.newest_whole()[1]["note"] == 40
     assert checkpoints.longest_save_s > 0
 
 
@@ -113,13 +112,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(checkpoints):
     with pytest.raises(OSError, match=r"step-00000040.*No space left.*earlier checkpoints are untouched.*run_folder"):
         _save(checkpoints, 40, _write("half", _full))
     assert _names(checkpoints) == ["step-00000020", "step-00000030"]
-    assert read_manifest(checkpoints.newest_whole())["step"] == 30
+    assert checkpoints.newest_whole()[1]["step"] == 30
 
 
 def test_a_crash_while_saving_leaves_nothing_that_counts(checkpoints):
     checkpoints.start(40, dict, _write("half"))
     checkpoints.abandon()
-    assert read_manifest(checkpoints.newest_whole())["step"] == 30
+    assert checkpoints.newest_whole()[1]["step"] == 30
     partial = checkpoints.folder / ".saving-step-00000040"
     assert (partial / "state" / "weights").read_text() == "half"
     newest = _save(checkpoints, 50, _write("whole"))
@@ -132,11 +131,11 @@ def test_a_manifest_torn_by_a_kill_is_not_a_checkpoint(checkpoints):
         partial = checkpoints.folder / name
         partial.mkdir()
         (partial / "manifest.json").write_text('{"format_ver')
-    assert read_manifest(checkpoints.newest_whole())["step"] == 30
+    assert checkpoints.newest_whole()[1]["step"] == 30
 
 
 def test_a_step_that_is_saved_already_is_left_alone(checkpoints):
-    newest = checkpoints.newest_whole()
+    newest, _ = checkpoints.newest_whole()
     born = (newest / "manifest.json").stat().st_ino
     assert _save(checkpoints, 30, lambda _: pytest.fail("written again"), note="again") == newest
     assert (newest / "manifest.json").stat().st_ino == born
@@ -199,10 +198,10 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("break_it", "message"), DAMAGE)
 def test_a_damaged_checkpoint_is_named_kept_and_replaced_by_an_older_one(checkpoints, break_it, message, capsys):
-    newest = checkpoints.newest_whole()
+    newest, _ = checkpoints.newest_whole()
     break_it(newest)
     assert re.search(message, "; ".join(damage(newest)))
-    assert checkpoints.newest_whole().name == "step-00000020"
+    assert checkpoints.newest_whole()[0].name == "step-00000020"
     assert _names(checkpoints) == ["damaged-step-00000030", "step-00000020"]
     line = rf"WARNING: checkpoint .*step-00000030: .*{message}.*kept as damaged-step-00000030, going on from step-.*20"
     assert re.match(line, capsys.readouterr().out)
@@ -222,7 +221,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_begin_anew(checkpoints):
 
 
 def test_a_checkpoint_older_than_checksums_is_measured_only(checkpoints):
-    path = checkpoints.newest_whole() / "manifest.json"
+    path = checkpoints.newest_whole()[0] / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
@@ -233,7 +232,7 @@ def test_a_checkpoint_older_than_checksums_is_measured_only(checkpoints):
 
 
 def test_another_format_version_is_refused(checkpoints):
-    path = checkpoints.newest_whole() / "manifest.json"
+    path = checkpoints.newest_whole()[0] / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99, but this program reads 1"):
         checkpoints.newest_whole()

@@ -108,6 +108,7 @@ def test_an_epoch_reads_every_chunk_of_a_url_once(corpus):
         take(url, 22, config=dataclasses.replace(SMALL, prefetch_samples=0))
     ranges = Counter((path, part) for method, path, part in asked if path.endswith(".tar"))
     assert set(ranges.values()) == {1}
+    assert max(Counter(path for _, path, _ in asked if path.endswith(".npy")).values()) == 1
     assert len(ranges) == 14  # chunks of 2 of 4 shards of 5 and one of 3 samples
     sizes = [int(end) - int(start) + 1 for _, part in ranges for start, end in [part[6:].split("-")]]
     index = [row for name in tars(corpus) for row in np.load((corpus / name).with_suffix(".npy"))[:, 1].tolist()]

@@ -44,6 +44,7 @@ def test_slurms_end_is_read_once_so_that_a_clock_that_jumps_changes_nothing(jump
 
 
 def test_without_a_limit_there_is_no_end():
+    assert not _Clocks().deadline({"SLURM_JOB_END_TIME": "0"}).is_near(step_s=1e9, longest_save_s=1e9)
     assert not _Clocks().deadline({}).is_near(step_s=1e9, longest_save_s=1e9)
 
 

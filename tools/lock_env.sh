@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 print(*project["dependencies"], sep="\n")
-for extra in ("train", "data", "wandb", "plot", "dev"):
+for extra in ("train", "data", "s3", "wandb", "plot", "dev"):
     print(*project["optional-dependencies"][extra], sep="\n")
 for requirement in map(Requirement, requires(sys.argv[1])):
     applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})

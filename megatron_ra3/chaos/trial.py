@@ -22,11 +22,13 @@ from megatron_ra3.chaos.launch import Handicap, Ranks
 from megatron_ra3.chaos.world import make_corpus, settings
 from megatron_ra3.manifest import damage, finished
 from megatron_ra3.report.summary import read_metrics
+from megatron_ra3.stall import STALLED
 
 TIMEOUT_S = 300.0
+STALL_TIMEOUT_S = 5
 MOST_STARTS = 4
 """Starts after the faults within which a run must end; a save or stop may be due more than once."""
-GO_ON = {75, 76}
+GO_ON = {75, STALLED}
 """Exit codes after which a launcher is told to start the command again."""
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
@@ -77,7 +79,7 @@ class World:
             self.folder / name,
             f"checkpoint.every_steps={every_steps}",
             "checkpoint.keep_last=3",
-            "stall_timeout_s=3",
+            f"stall_timeout_s={STALL_TIMEOUT_S}",
             *overrides,
         )
         config = self.folder / "empty.yaml"
@@ -166,17 +168,19 @@ def add_chaos_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_chaos(arguments: argparse.Namespace) -> int:
     """Run the trials; 1 where one did not end as the uninterrupted run."""
+    faults = [fault for fault in FAULTS if fault.name in arguments.faults]
+    most_ranks = max(LAYOUTS[name][0] for name in arguments.layouts)
+    for fault in faults:
+        if fault.least_ranks > most_ranks:
+            raise ValueError(f"--faults {fault.name}: needs a layout of {fault.least_ranks} ranks")
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="ra3-chaos-")) if arguments.folder is None else arguments.folder
     world = World.build(folder, arguments.layouts)
-    faults = [fault for fault in FAULTS if fault.name in arguments.faults]
     outcomes = []
     for number in range(arguments.trials):
         draw = random.Random(f"{arguments.seed}:{number}")
         fault = faults[number % len(faults)]
         fitting = [name for name in arguments.layouts if LAYOUTS[name][0] >= fault.least_ranks]
-        if not fitting:
-            raise ValueError(f"--faults {fault.name}: needs a layout of {fault.least_ranks} ranks")
         name = f"trial-{number:05d}"
         outcome = run_trial(world, name, fault, draw.choice(fitting), draw)
         outcomes.append(outcome)

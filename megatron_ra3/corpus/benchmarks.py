@@ -137,9 +137,9 @@ def _json_records(file: TextIO) -> Iterator[Any]:
 
 
 def _parquet_records(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet
+    from pyarrow import parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path) as file:
         known = {*IDENTIFIERS, *STATEMENTS, *CODES, *TESTS}
         columns = [name for name in file.schema_arrow.names if name in known]
         if not known.intersection((*STATEMENTS, *CODES), columns):

@@ -6,7 +6,6 @@ tutorials, evaluation harnesses and answer collections, as they are, reformatted
 
 import ast
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,15 @@ from megatron_ra3.corpus.benchmarks import BenchmarkTask, read_tasks
 from megatron_ra3.corpus.ngrams import Hashes, are_names, ngram_hashes, word_hashes
 from megatron_ra3.corpus.normal_form import functions, normal_form
 
+# Chosen on 25,474 different files, a standard library and installed packages, against HumanEval(+) and MBPP(+), where
+# every match was a coincidence. By their form, 24 functions of ordinary libraries with 16 to 21 nodes match (powers of
+# two, lists without repetitions, sums of pairs) and none with more. By n-grams 3 files match, two of them with lists of
+# numerals; were one-letter words names, the alphabet alone would give 13 more.
 NGRAM_WORDS = 13
 SHORTEST_TEXT_WORDS = 8
 MIN_DISTINCT_NAMES = 7
-MAX_TASKS = 2
-MIN_NODES = 30
+MAX_TASKS = 3  # MBPP holds some tasks two and three times
+MIN_NODES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,12 @@ class _Index:
 class Benchmarks:
     """What identifies the tasks of benchmarks; pickles to 12 bytes per n-gram.
 
-    `counts` says what the files held: `tasks`, `ngrams`, `boilerplate_ngrams` (dropped), `functions`,
-    `boilerplate_functions` (dropped) and `unparsable_solutions` (known by their n-grams only).
+    `counts` says what the files held: `tasks`, `ngrams`, `short_texts` and `functions` that identify a task,
+    `boilerplate_ngrams` and `boilerplate_functions` that do not, `unparsable_solutions` known by n-grams only.
+
+    Of HumanEval's prompts 163 of 164 are found alone, of MBPP's 958 of 974 (the others have fewer than eight words, or
+    than seven names); of their solutions without docstring and with every name changed, 118 of 164 and 486 of 974: the
+    rest are too small to tell from ordinary code.
     """
 
     ngram_words: int
@@ -101,11 +108,19 @@ class Benchmarks:
         task = self._short_text(words)
         if task is not None:
             return f"{self.task_ids[task]} (text)"
-        for function, skeleton in functions(tree) if tree else ():
-            if skeleton in self._skeletons:
-                task = self._functions.get(normal_form(function).hash)
-                if task is not None:
-                    return f"{self.task_ids[task]} (ast)"
+        task = self._function(tree) if tree else None
+        return None if task is None else f"{self.task_ids[task]} (ast)"
+
+    def _function(self, tree: ast.Module) -> int | None:
+        """The task one of whose functions is in `tree`."""
+        try:
+            for function, skeleton in functions(tree):
+                if skeleton in self._skeletons:
+                    task = self._functions.get(normal_form(function).hash)
+                    if task is not None:
+                        return task
+        except RecursionError:  # hundreds of nested blocks: no benchmark has such code, and its text was looked at
+            return None
         return None
 
     def _short_text(self, words: Hashes) -> int | None:
@@ -159,19 +174,19 @@ class _Builder:
         short = {key: tasks for key, tasks in self._short_texts.items() if len(tasks) <= self._max_tasks}
         kept = {key: tasks for key, tasks in self._functions.items() if len(tasks) <= self._max_tasks}
         openings = np.unique(np.array([hash_ for tasks in short.values() for hash_ in tasks.values()], np.uint64))
-        counts = Counter(
-            tasks=len(task_ids),
-            ngrams=len(ngrams.hashes),
-            boilerplate_ngrams=boilerplate_ngrams,
-            short_texts=len(short),
-            functions=len(kept),
-            boilerplate_functions=len(self._functions) - len(kept),
-            unparsable_solutions=self._unparsable,
-        )
+        counts = {
+            "tasks": len(task_ids),
+            "ngrams": len(ngrams.hashes),
+            "boilerplate_ngrams": boilerplate_ngrams,
+            "short_texts": len(short),
+            "functions": len(kept),
+            "boilerplate_functions": len(self._functions) - len(kept),
+            "unparsable_solutions": self._unparsable,
+        }
         return Benchmarks(
             ngram_words=self._ngram_words,
             task_ids=task_ids,
-            counts=dict(counts),
+            counts=counts,
             _ngrams=ngrams,
             _openings=_Index(openings, np.zeros(len(openings), np.int32)),
             _short_texts={key: min(tasks) for key, tasks in short.items()},

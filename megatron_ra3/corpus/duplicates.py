@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 NUM_PERM = 128
 SHINGLE_WORDS = 5
 SEED = 1
+# Of false positives and false negatives among candidates: the first cost a comparison, the second stay in the corpus.
+# On 25,474 files at threshold 0.7, (0.5, 0.5) finds 1677 duplicates with 14 bands, (0.1, 0.9) finds 1851 with 20.
+LSH_WEIGHTS = (0.1, 0.9)
 NO_SHINGLE = np.uint32(0xFFFFFFFF)  # datasketch's signature of an empty set holds nothing else
 
 _LEADERS_PER_BUCKET = 16
@@ -45,7 +48,8 @@ def near_duplicates(signatures: NDArray[np.uint32], threshold: float) -> NDArray
     A document is dropped if it shares a band with an earlier kept document and the two signatures agree in at least
     `threshold` of their places, the estimate of the Jaccard similarity. Whatever is named as original is itself kept.
 
-    Two documents of similarity s share a band with probability 1 - (1 - s**rows)**bands; `band_shape` gives both.
+    Two documents of similarity s share a band with probability 1 - (1 - s**rows)**bands (`band_shape`):
+    0.92 at s = 0.7 and 0.998 at s = 0.8 for a threshold of 0.7.
     Within one bucket a document is compared with at most 16 earlier ones, which differ from each other: boilerplate
     that puts a million documents into one bucket costs 16 million comparisons, not 10**12.
 
@@ -74,7 +78,7 @@ def near_duplicates(signatures: NDArray[np.uint32], threshold: float) -> NDArray
 
 
 def band_shape(threshold: float, num_perm: int = NUM_PERM) -> tuple[int, int]:
-    """How many bands, of how many rows each: datasketch's optimum for false positives and negatives alike.
+    """How many bands, of how many rows each: datasketch's optimum under `LSH_WEIGHTS`, (20, 6) for 0.7.
 
     Raises:
         ValueError: `threshold` is not in (0, 1].
@@ -83,7 +87,7 @@ def band_shape(threshold: float, num_perm: int = NUM_PERM) -> tuple[int, int]:
 
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"the similarity threshold must be in (0, 1], found {threshold}")
-    index = MinHashLSH(threshold=threshold, num_perm=num_perm)
+    index = MinHashLSH(threshold=threshold, num_perm=num_perm, weights=LSH_WEIGHTS)
     return index.b, index.r
 
 

@@ -62,7 +62,9 @@ _NOTHING_SAID = frozenset(
     {"", "none", "null", "nan", "unknown", "no-license", "noassertion", "other", "other-proprietary"}
 )
 
-_SEPARATORS = re.compile(r"[,;|\[\]'\"]|\s(?:and|or)\s|(?<!\w)(?:and|or)(?!\w)|[()]{2,}", re.IGNORECASE)
+# Separators that separate nothing: "Apache License, Version 2.0" and BSD's '"New" or "Revised"'.
+_INSIDE_A_NAME = re.compile(r"""["']?new["']?\sor\s["']?revised["']? | ,(?=\s*version\b)""", re.IGNORECASE | re.VERBOSE)
+_SEPARATORS = re.compile(r"[,;|\[\]'\"]|\s(?:and|or)\s", re.IGNORECASE)
 _EXCEPTION = re.compile(r"\s+with\s+.*", re.IGNORECASE)
 _FILLERS = re.compile(r"\b(?:the|licen[cs]es?|version|v(?=\.?\s?\d))\b\.?", re.IGNORECASE)
 _SPDX_HEADER = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n\r]+)")
@@ -78,7 +80,7 @@ def normalise(declared: str) -> tuple[str, ...]:
     ("WITH ...") is left out. A name that is not known comes back as written, in lower case and with hyphens: it is on
     no allow-list by accident.
     """
-    names = (_identifier(part) for part in _SEPARATORS.split(declared))
+    names = (_identifier(part) for part in _SEPARATORS.split(_INSIDE_A_NAME.sub(" ", declared)))
     return tuple(sorted({name for name in names if name not in _NOTHING_SAID}))
 
 

@@ -49,7 +49,7 @@ class PrepareConfig:
     limits: SnippetLimits = field(default_factory=SnippetLimits)
     without: tuple[Filter, ...] = ()
     """Filters that are switched off."""
-    similarity: float = 0.85
+    similarity: float = 0.7
     """Estimated Jaccard similarity from which on a file is a near duplicate of an earlier one."""
     licences: tuple[str, ...] = ()
     """SPDX identifiers that are allowed; none: all."""

@@ -28,7 +28,8 @@ _DOCSTRING = r"[rRuU]?(?:\"\"\".*?(?:\"\"\"|\Z)|'''.*?(?:'''|\Z))"
 _HEADER = re.compile(f"\ufeff?(?P<above>{_COMMENTS})(?P<docstring>{_DOCSTRING})?(?P<below>{_COMMENTS})", re.DOTALL)
 _AUTO = r"(?:auto(?:matically|matic)?[-\s]?)"
 _SAID_IN_COMMENTS = re.compile(
-    rf"""^\W*(?:{_AUTO}?generated\s(?:by|from|with|using|via|on)\b | {_AUTO}generated\b (?!\s(?:if|when|unless|and|or)\b))
+    rf"""^\W*(?:{_AUTO}?generated\s(?:by|from|with|using|via|on)\b
+                | {_AUTO}generated\b (?!\s(?:if|when|unless|and|or)\b))
     | \b(?:file|code|module|class|script|parser|wrapper|bindings?|stubs?|implementation)
       \s(?:is\s|was\s|has\sbeen\s|were\s|are\s)?{_AUTO}?generated\b
     | @generated\b

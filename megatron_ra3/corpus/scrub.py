@@ -8,7 +8,7 @@ they call every checksum, test vector and default password a secret.
 import importlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -18,24 +18,29 @@ EMAIL = "email@example.com"
 class _Kind(NamedTuple):
     """A kind of secret: the detector (module, class) of detect-secrets, and substrings one of which each secret needs.
 
-    The substrings are looked for first: they cost a thousandth of the patterns.
+    The substrings are looked for first: they cost a thousandth of the patterns. `whole` is set where the detector
+    yields only a part of what its pattern matches ("ghp" of a GitHub token).
     """
 
     name: str
     module: str
     detector: str
     needs: tuple[str, ...]
+    whole: bool = False
 
 
+_GITLAB = (
+    *("glpat-", "gldt-", "glft-", "glsoat-", "glrt-", "glcbt-", "glimt-", "glptt-", "glagent-", "gloas-"),
+    "GR1348941",
+)
 # Left out: Artifactory, Cloudant, Discord, IBM and SoftLayer, whose patterns fit names of variables and plain hashes.
 _KINDS = (
     _Kind("aws_key", "aws", "AWSKeyDetector", ("AKIA", "ASIA", "ABIA", "ACCA", "A3T", "aws", "AWS", "Aws")),
     _Kind("azure_key", "azure_storage_key", "AzureStorageKeyDetector", ("AccountKey=",)),
-    _Kind("github_token", "github_token", "GitHubTokenDetector", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),
-    _Kind("gitlab_token", "gitlab_token", "GitLabTokenDetector", ("gl", "GR1348941")),
+    _Kind("github_token", "github_token", "GitHubTokenDetector", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), True),
+    _Kind("gitlab_token", "gitlab_token", "GitLabTokenDetector", _GITLAB, True),
     _Kind("json_web_token", "jwt", "JwtTokenDetector", ("eyJ",)),
     _Kind("mailchimp_key", "mailchimp", "MailchimpDetector", ("-us",)),
-    _Kind("npm_token", "npm", "NpmDetector", (":_authToken",)),
     _Kind("openai_key", "openai", "OpenAIDetector", ("T3BlbkFJ",)),
     _Kind("pypi_token", "pypi_token", "PypiTokenDetector", ("pypi-Ag",)),
     _Kind("sendgrid_key", "sendgrid", "SendGridDetector", ("SG.",)),
@@ -45,14 +50,16 @@ _KINDS = (
     _Kind("telegram_token", "telegram_token", "TelegramBotTokenDetector", (":AA",)),
     _Kind("twilio_key", "twilio", "TwilioKeyDetector", ("AC", "SK")),
 )
-# What detect-secrets 1.5 does not know yet.
-_NEWER_KINDS = {
+# What detect-secrets 1.5 does not know yet, and npm's tokens, which it takes to reach to the end of the row.
+_OWN_PATTERNS = {
     "anthropic_key": ("sk-ant-", re.compile(r"\bsk-ant-[\w-]{32,}")),
     "github_token": ("github_pat_", re.compile(r"\bgithub_pat_\w{36,}")),
     "google_key": ("AIza", re.compile(r"\bAIza[\w-]{35}(?![\w-])")),
     "huggingface_token": ("hf_", re.compile(r"\bhf_[A-Za-z]{34}(?!\w)")),
+    "npm_token": (":_authToken=", re.compile(r"(?<=:_authToken=)(?:npm_\w+|[A-Fa-f0-9-]{36})")),
 }
 
+_WORD_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
 _KEY_BLOCK = re.compile(r"(-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY(?: BLOCK)?-----)(.{32,20000}?)(?=-----END \2)", re.DOTALL)
 # An escape such as \n is no part of the base64 text that follows it.
 _KEY_TEXT = re.compile(r"(\\[A-Za-z])|[A-Za-z0-9+/]{12,}={0,2}")
@@ -62,67 +69,13 @@ _PASSWORD_IN_URL = re.compile(
 _SHOWN_IN_DOCUMENTS = frozenset({"pass", "passwd", "password", "pw", "pwd", "secret", "token", "xxx", "xxxx"})
 
 _AFTER_AT = re.compile(r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+)([A-Za-z]{2,18})(?![\w(\[@:/-]|\.\w)")
-_BEFORE_AT = re.compile(r"(?<!\\)[A-Za-z0-9](?:[\w.%+-]*[A-Za-z0-9_])?\Z", re.ASCII)
+_BEFORE_AT = re.compile(r"(\\?)([A-Za-z0-9](?:[\w.%+-]*[A-Za-z0-9_])?)\Z", re.ASCII)
+_ESCAPE = re.compile(r"[abfnrtv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}")
 _LONGEST_LOCAL_PART = 64
-# `a@b.mean` multiplies matrices: only what ends in one of these, or in a country's two letters, is an address.
+# `a@b.mean` multiplies matrices: only what ends in one of these is taken for an address.
 _DOMAINS = frozenset(
-    [
-        "ai",
-        "app",
-        "biz",
-        "ca",
-        "ch",
-        "cn",
-        "co",
-        "com",
-        "de",
-        "dev",
-        "edu",
-        "email",
-        "es",
-        "eu",
-        "fr",
-        "gov",
-        "in",
-        "info",
-        "int",
-        "io",
-        "it",
-        "jp",
-        "me",
-        "mil",
-        "name",
-        "net",
-        "nl",
-        "no",
-        "org",
-        "pl",
-        "pro",
-        "ru",
-        "se",
-        "uk",
-        "us",
-        "at",
-        "au",
-        "be",
-        "br",
-        "cz",
-        "dk",
-        "fi",
-        "hk",
-        "hu",
-        "ie",
-        "il",
-        "kr",
-        "mx",
-        "nz",
-        "pt",
-        "sg",
-        "tr",
-        "tw",
-        "ua",
-        "za",
-    ]
+    """ai app at au be biz br ca ch cn co com cz de dev dk edu email es eu fi fr gov hk hu ie il in info int io it jp kr
+    me mil mx name net nl no nz org pl pro pt ru se sg tr tw ua uk us za""".split()  # noqa: SIM905 - a table
 )
 _RESERVED = re.compile(r"(?:\A|\.)(?:example\.(?:com|net|org|edu)|localhost\.localdomain)\Z", re.IGNORECASE)
 
@@ -140,7 +93,7 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
     for kind in _KINDS:
         if any(part in text for part in kind.needs):
             text = _replace_detected(text, kind, counts)
-    for name, (part, pattern) in _NEWER_KINDS.items():
+    for name, (part, pattern) in _OWN_PATTERNS.items():
         if part in text:
             text, count = pattern.subn(name.upper(), text)
             counts[name] += count
@@ -153,22 +106,25 @@ def scrub(text: str) -> tuple[str, Counter[str]]:
 
 def _replace_detected(text: str, kind: _Kind, counts: Counter[str]) -> str:
     rows = text.split("\n")
-    analyze = _detector(kind)
+    find = _finder(kind)
     for number, row in enumerate(rows):
         if any(part in row for part in kind.needs):
-            for secret in sorted(set(analyze(row)), key=len, reverse=True):
-                counts[kind.name] += rows[number].count(secret)
-                rows[number] = rows[number].replace(secret, kind.name.upper())
+            for secret in sorted(set(find(row)), key=lambda secret: (-len(secret), secret)):
+                # What begins inside a word is chance, as in strings of DNA; what continues a secret belongs to it, for
+                # some tokens have grown since their pattern was written.
+                pattern = rf"{_WORD_START}{re.escape(secret)}[\w-]*"
+                rows[number], count = re.subn(pattern, kind.name.upper(), rows[number], flags=re.ASCII)
+                counts[kind.name] += count
     return "\n".join(rows)
 
 
 @cache
-def _detector(kind: _Kind) -> Callable[[str], list[str]]:
+def _finder(kind: _Kind) -> Callable[[str], Iterable[str]]:
+    """The function that yields the secrets of a kind in a row."""
     detector = getattr(importlib.import_module(f"detect_secrets.plugins.{kind.module}"), kind.detector)()
-    shortest = 12  # a detector with several groups also yields their parts, as the "ghp" of a GitHub token
-    if kind.name == "github_token":  # yields nothing but that part
-        return lambda row: [match[0] for pattern in detector.denylist for match in pattern.finditer(row)]
-    return lambda row: [secret for secret in detector.analyze_string(row) if len(secret) >= shortest]
+    if kind.whole:
+        return lambda row: (match[0] for pattern in detector.denylist for match in pattern.finditer(row))
+    return detector.analyze_string
 
 
 def _without_key(match: re.Match[str], counts: Counter[str]) -> str:
@@ -189,13 +145,23 @@ def _without_emails(text: str, counts: Counter[str]) -> str:
     done = 0
     for match in _AFTER_AT.finditer(text):
         before = text[max(done, match.start() - _LONGEST_LOCAL_PART) : match.start()]
-        local = _BEFORE_AT.search(before)
-        if local is None or not _is_personal(before[: local.start()], local[0], match):
-            continue
-        parts += [text[done : match.start() - len(local[0])], EMAIL]
-        done = match.end()
-        counts["email"] += 1
+        local = _local_part(before)
+        if local and _is_personal(before.removesuffix(local), local, match):
+            parts += [text[done : match.start() - len(local)], EMAIL]
+            done = match.end()
+            counts["email"] += 1
     return "".join([*parts, text[done:]])
+
+
+def _local_part(before: str) -> str:
+    """The local part of an address at the end of `before`, or ''; a string's escape before it is no part of it."""
+    found = _BEFORE_AT.search(before)
+    if found is None:
+        return ""
+    if not found[1]:
+        return found[2]
+    escape = _ESCAPE.match(found[2])
+    return found[2][escape.end() :] if escape else ""
 
 
 def _is_personal(before: str, local: str, domain: re.Match[str]) -> bool:

@@ -12,7 +12,7 @@ from megatron_ra3.chaos.trial import LAYOUTS, Outcome, World, _compare, run_tria
 from megatron_ra3.cli import main
 
 TRIALS = [(fault, "data" if fault.least_ranks > 1 else "single") for fault in FAULTS]
-TRIALS += [(fault, "data") for fault in FAULTS if fault.name in ("kill_rank", "kill_saving", "full_disk")]
+TRIALS += [(fault, "data") for fault in FAULTS if fault.name == "kill_rank"]
 
 
 @pytest.fixture(scope="module")
