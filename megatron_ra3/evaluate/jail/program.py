@@ -23,20 +23,9 @@ from typing import Any, NoReturn
 from . import kernel, values
 
 WARM = (
-    *(
-        "array",
-        "bisect",
-        "collections",
-        "contextlib",
-        "copy",
-        "dataclasses",
-        "datetime",
-        "decimal",
-        "enum",
-        "fractions",
-    ),
-    *("functools", "heapq", "io", "itertools", "json", "math", "operator", "queue", "random", "re", "statistics"),
-    *("string", "textwrap", "typing"),
+    *("array", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal", "enum"),
+    *("fractions", "functools", "heapq", "io", "itertools", "json", "math", "operator", "queue", "random", "re"),
+    *("statistics", "string", "textwrap", "typing"),
 )
 _TEXT_LIMIT = 2000
 PROC_MOUNTED = "proc "
