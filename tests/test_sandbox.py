@@ -1,5 +1,6 @@
 """The jail from outside: what programs may rely on, what they may use, and what happens when the jail itself breaks."""
 
+import os
 import socket
 import struct
 
@@ -165,6 +166,18 @@ def test_settings_are_checked():
 
 def refuse(value):
     raise ValueError(f"foreign {value!r}")
+
+
+def test_a_program_cannot_ask_for_more_than_its_jail_has(jail):
+    with pytest.raises(ValueError, match="memory_bytes=8589934592: this worker's jail has 4294967296"):
+        jail.run_script("print(1)", limits=Limits(memory_bytes=8 << 30))
+    assert jail.run_script("print(1)").stdout == b"1\n"
+
+
+def test_two_pools_share_no_user(jail):
+    code = "import os\nprint(os.getuid())"
+    with Sandbox(1) as other:
+        assert (jail.run_script(code).stdout == other.run_script(code).stdout) == (os.geteuid() != 0)
 
 
 def test_values_keep_their_types():

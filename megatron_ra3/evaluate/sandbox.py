@@ -7,6 +7,7 @@ because a broken jail that counts as a wrong answer poisons both scores and rewa
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import shutil
@@ -26,6 +27,8 @@ from megatron_ra3.evaluate.worker import Finished, JailError, Limits, ProgramErr
 Isolation = Literal["bubblewrap", "unsafe"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_SERIALS = itertools.count()
+"""Numbers of all workers of this process: no two share a user or a control group."""
 
 _PROBE = r"""
 import ctypes, os, socket
@@ -202,10 +205,11 @@ class Sandbox:
         isolated = self.isolation == "bubblewrap"
         folder = Path(self._folder, str(index))
         folder.mkdir(exist_ok=True)
+        serial = next(_SERIALS)
         worker = Worker(
-            str(index),
+            str(serial),
             isolated=isolated,
-            uid=_uid(index) if isolated and os.geteuid() == 0 else None,
+            uid=_uid(serial) if isolated and os.geteuid() == 0 else None,
             packages=self._packages,
             limits=self.largest,
             folder="/tmp" if isolated else str(folder),  # noqa: S108 - inside the jail
@@ -223,9 +227,9 @@ class Sandbox:
                 raise IsolationError(_refusal(f"a program in it {found or finished}"))
 
 
-def _uid(index: int) -> int:
+def _uid(serial: int) -> int:
     """A user for one worker that nothing else on the machine is likely to run as: its processes are counted by user."""
-    return 30_000 + (os.getpid() * 61 + index) % 30_000
+    return 30_000 + (os.getpid() * 61 + serial) % 30_000
 
 
 def _refusal(why: str) -> str:

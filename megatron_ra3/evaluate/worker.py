@@ -140,6 +140,7 @@ class Worker:
         self, name: str, *, isolated: bool, uid: int | None, packages: Sequence[Path], limits: Limits, folder: str
     ) -> None:
         self._packages = [str(path) for path in packages]
+        self._largest = limits
         self.cgroup = _cgroup(name, limits) if isolated else None
         python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         if isolated:
@@ -194,6 +195,11 @@ class Worker:
 
     def start(self, mode: str, job: dict[str, Any], limits: Limits, descriptors: Sequence[int]) -> None:
         """Have a program forked and wait until it runs; `descriptors` become its stdin, stdout, stderr and channel."""
+        for name in ("memory_bytes", "files_bytes", "max_tasks"):
+            if getattr(limits, name) > getattr(self._largest, name):
+                raise ValueError(
+                    f"{name}={getattr(limits, name)}: this worker's jail has {getattr(self._largest, name)}"
+                )
         request = {
             "mode": mode,
             "cpu_s": limits.time_s,
