@@ -5,12 +5,14 @@ Address-space limits bound one process; only a control group bounds many togethe
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _PREFIX = "ra3-jail-"
 _ROOT = Path("/sys/fs/cgroup")
+_REMOVAL_ATTEMPTS, _REMOVAL_PAUSE_S = 20, 0.05
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class Cgroup:
         return ["/bin/sh", "-c", enter, "sh", *map(str, self.folders), "--", *command]
 
     def remove(self) -> None:
-        """Remove the group; one whose processes are still dying is left to `sweep`."""
+        """Remove the group, waiting a moment for its processes to die; one that stays is left to `sweep`."""
         for folder in self.folders:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            for _ in range(_REMOVAL_ATTEMPTS):
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    time.sleep(_REMOVAL_PAUSE_S)
 
 
 def create_cgroup(name: str, *, memory_bytes: int, max_tasks: int) -> Cgroup | None:
@@ -37,7 +43,7 @@ def create_cgroup(name: str, *, memory_bytes: int, max_tasks: int) -> Cgroup | N
     try:
         for parent, limits in _parents(memory_bytes, max_tasks):
             folder = parent / f"{_PREFIX}{os.getpid()}-{name}"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir()
             folders.append(folder)
             for file, value in limits.items():
                 (folder / file).write_text(str(value), encoding="ascii")
