@@ -16,13 +16,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from megatron_ra3.evaluate.cgroups import sweep
 from megatron_ra3.evaluate.scripts import run_script
-from megatron_ra3.evaluate.worker import Finished, JailError, Limits, ProgramError, Worker
+from megatron_ra3.evaluate.worker import BOUNDED, Finished, JailError, Limits, ProgramError, Worker
 
 Isolation = Literal["bubblewrap", "unsafe"]
 Item = TypeVar("Item")
@@ -192,9 +192,16 @@ class Sandbox:
         raise AssertionError("unreachable")
 
     def run_script(self, code: str, stdin: bytes = b"", limits: Limits | None = None) -> Finished:
-        """Run a script on the next free worker; see `scripts.run_script`. Raises JailError."""
+        """Run a script on the next free worker; see `scripts.run_script`. Raises JailError.
+
+        Without `limits` it has the usual ones, or those of `largest` where they are smaller.
+        """
+        if limits is None:
+            usual = Limits()
+            smaller = {name: min(getattr(usual, name), getattr(self.largest, name)) for name in BOUNDED}
+            limits = replace(usual, **smaller)
         with self.worker() as worker:
-            return run_script(worker, code, stdin, limits or Limits())
+            return run_script(worker, code, stdin, limits)
 
     def map(self, judge: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`judge` of every item in order, as many at once as there are workers."""

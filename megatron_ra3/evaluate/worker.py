@@ -25,6 +25,8 @@ from megatron_ra3.evaluate.cgroups import Cgroup, create_cgroup
 MIB = 1 << 20
 _START_S = 60.0
 _GRACE_S = 30.0
+BOUNDED = ("memory_bytes", "files_bytes", "max_tasks")
+"""What a jail is made for when it starts; no program may ask for more."""
 _SLACK = 10.0
 """A busy machine may stretch a time limit by at most this factor."""
 _JAIL = Path(__file__).parent / "jail"
@@ -195,7 +197,7 @@ class Worker:
 
     def start(self, mode: str, job: dict[str, Any], limits: Limits, descriptors: Sequence[int]) -> None:
         """Have a program forked and wait until it runs; `descriptors` become its stdin, stdout, stderr and channel."""
-        for name in ("memory_bytes", "files_bytes", "max_tasks"):
+        for name in BOUNDED:
             if getattr(limits, name) > getattr(self._largest, name):
                 raise ValueError(
                     f"{name}={getattr(limits, name)}: this worker's jail has {getattr(self._largest, name)}"
