@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
     from megatron_ra3.bench.prepare import add_prepare_bench_arguments, run_prepare_bench
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
+    from megatron_ra3.bench.sandbox import add_sandbox_arguments, run_sandbox
     from megatron_ra3.bench.stream import add_stream_arguments, run_stream
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
     from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
@@ -102,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     stream = benches.add_parser("stream", help="reading a corpus: the exact stream beside plain webdataset")
     add_stream_arguments(stream)
     stream.set_defaults(run=run_stream)
+    sandbox = benches.add_parser("sandbox", help="running programs: the warm jail beside a jail per program")
+    add_sandbox_arguments(sandbox)
+    sandbox.set_defaults(run=run_sandbox)
     tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)

@@ -3,7 +3,7 @@
 # Without the system packages some tests skip and say so; with CI=true such a skip is a failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-system_packages=(slurm-wlm munge git)
+system_packages=(slurm-wlm munge git bubblewrap)
 
 bash tools/setup_env.sh
 

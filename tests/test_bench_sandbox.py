@@ -1,0 +1,33 @@
+"""`ra3 bench sandbox` for a moment."""
+
+import json
+import statistics
+
+import pytest
+
+from megatron_ra3.bench.sandbox import measure
+from megatron_ra3.cli import main
+from megatron_ra3.evaluate.sandbox import IsolationError, Sandbox
+from tests.support import require
+
+
+def test_the_last_line_holds_rates_of_all_ways(capsys, tmp_path):
+    try:
+        Sandbox(1).close()
+    except IsolationError as error:
+        require(False, str(error))
+    out = tmp_path / "new" / "result.json"
+    options = ["--workers", "1", "--turns", "2", "--turn-s", "0.2", "--out", str(out)]
+    assert main(["bench", "sandbox", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    rates = {name: statistics.median(values) for name, values in result["rates"].items()}
+    assert result["programs_per_s"] == rates["jail"] > 0
+    assert result["ratio"] == rates["jail"] / rates["bubblewrap_each"]
+    assert [len(values) for values in result["rates"].values()] == [2, 2, 2]
+    assert result["infrastructure_errors"] == 0
+
+
+def test_no_turns_is_an_error():
+    with pytest.raises(ValueError, match="turns=0"):
+        measure(1, 0, 1.0)
