@@ -6,6 +6,7 @@ Without EM rounds the same loop is plain next-token training: a base model from 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_ra3.config import NextTokenConfig, RunConfig
@@ -13,13 +14,14 @@ from megatron_ra3.latents import Trajectory
 from megatron_ra3.mstep import latent_means
 from megatron_ra3.run import Run
 from megatron_ra3.schedule import Phase, PhaseName, learning_rate, phase_fraction
+from megatron_ra3.stall import watched
 
 Metrics = dict[str, float]
 
 
 def midtrain(config: RunConfig) -> dict[str, Any]:
     """Run, or resume, a whole mid-training; returns the summary that is also written to the run folder."""
-    with Run(config) as run:
+    with watched(Path(config.run_folder) / "stalls", config.stall_timeout_s), Run(config) as run:
         for phase in run.remaining_phases():
             step = PHASES[phase.name]
             for _ in run.remaining_steps(phase):

@@ -37,7 +37,7 @@ from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
-from megatron_ra3.stall import ACTIVITY, Watchdog
+from megatron_ra3.stall import ACTIVITY
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends before it takes the machine back, and Ctrl-C."""
@@ -102,9 +102,6 @@ class Run:
         self._deadline = Deadline(
             limit_s=config.checkpoint.wall_clock_limit_s, margin_s=config.checkpoint.stop_before_s
         )
-        self._watchdog: Watchdog | None = None
-        if config.stall_timeout_s:
-            self._watchdog = Watchdog(self.folder / "stalls", layout.rank, layout.world_size, config.stall_timeout_s)
         self._identity = identity(
             config,
             layout,
@@ -126,8 +123,6 @@ class Run:
 
     def __enter__(self) -> Self:
         ACTIVITY.moved("resuming")
-        if self._watchdog is not None:
-            self._watchdog.start()
         self._restore()
         take_fallbacks()
         for number in STOP_SIGNALS:
@@ -148,8 +143,6 @@ class Run:
         self.heldout.close()
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
-        if self._watchdog is not None:
-            self._watchdog.close()
         parallel.destroy()
 
     # Phases and steps

@@ -204,6 +204,25 @@ class Watchdog:
             time.sleep(min(self._poll_s, 0.5))
 
 
+@contextlib.contextmanager
+def watched(folder: Path, timeout_s: float) -> Iterator[None]:
+    """Watch this process, a rank by the launcher's variables; 0: do not.
+
+    Begins before the rendezvous: there, too, a rank may wait for one that never comes.
+    """
+    if not timeout_s:
+        yield
+        return
+    launched = "RANK" in os.environ
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    watchdog = Watchdog(folder, rank, world_size, timeout_s)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.close()
+
+
 def who_waits_for_whom(signs: Sequence[Sign | None]) -> str:
     """One line per rank, and one that names the ranks that have not arrived where the others wait.
 

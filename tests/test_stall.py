@@ -2,14 +2,20 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_ra3.config import to_dict
 from megatron_ra3.model import parallel
 from megatron_ra3.stall import ACTIVITY, RECORD_BYTES, STALLED, Activity, Board, Sign, Watchdog, who_waits_for_whom
 from tests.distributed import run_ranks
+from tests.small import make_config
 
 
 def _until(condition, timeout_s: float = 20.0) -> None:
@@ -127,3 +133,18 @@ def test_a_frozen_rank_is_named_by_the_one_that_waits(tmp_path):
     assert "rank 0 waits in 'gathering from all ranks' (wait 2) for rank 1" in text
     assert "rank 1: is in no named wait after 1 waits, last began 'estep r1 2/3'" in text
     assert "gather_from_ranks" in text
+
+
+def test_a_rank_whose_fellow_never_comes_does_not_wait_for_ever(small_corpus, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(make_config(small_corpus, tmp_path, "stall_timeout_s=4"))))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "megatron_ra3", "midtrain", str(path)]
+    ended = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == STALLED
+    assert "rank 1: has published nothing: it is gone, or sees another run folder" in ended.stderr
+    (stacks,) = (tmp_path / "run" / "stalls").glob("*-rank-00000.txt")
+    assert "init_process_group" in stacks.read_text()

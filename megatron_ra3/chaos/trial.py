@@ -100,13 +100,20 @@ def run_trial(world: World, name: str, fault: Fault, layout: str, draw: random.R
         ranks = world.start(name, layout, every_steps=every_steps, handicap=fault.handicap(draw))
         outcome.starts += 1
         fault.during(ranks, run, draw, world.run_s[layout])
-        ranks.wait(TIMEOUT_S)
+        try:
+            ranks.wait(TIMEOUT_S)
+        except TimeoutError as hang:
+            outcome.problems.append(f"not ended by {fault.name}: {hang}")
         if run.is_dir():
             fault.after(run, draw)
     codes: list[int] = []
     while not codes or (codes[-1] in GO_ON and len(codes) < MOST_STARTS):
         outcome.starts += 1
-        codes.append(world.start(name, layout, every_steps=every_steps).wait(TIMEOUT_S))
+        try:
+            codes.append(world.start(name, layout, every_steps=every_steps).wait(TIMEOUT_S))
+        except TimeoutError as hang:
+            outcome.problems.append(f"ended with {codes}, then not at all instead of 0: {hang}")
+            return outcome
     if codes[-1] != 0:
         outcome.problems.append(f"ended with {codes} instead of 0: {_tail(world.folder / name / 'log')}")
         return outcome

@@ -20,6 +20,7 @@ from megatron_ra3.config import StreamConfig
 from megatron_ra3.corpus.manifest import MANIFEST, DataFile, Manifest, SplitInfo
 from megatron_ra3.corpus.snippets import SnippetRecord
 from megatron_ra3.corpus.storage import Storage, open_storage
+from megatron_ra3.stall import ACTIVITY
 
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a ustar header
 _FIX = "restore the shard or run `ra3 prepare --overwrite` again"
@@ -193,6 +194,8 @@ def _damage(storage: Storage, info: SplitInfo, verify: bool, threads: int) -> li
             storage.check(file, verify=verify)
         except (OSError, ValueError) as error:
             return error
+        finally:
+            ACTIVITY.moved()
         return None
 
     files = [file for shard in info.shards for file in (shard.index, shard.tar)]

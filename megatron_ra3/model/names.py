@@ -62,6 +62,7 @@ def import_hf(model: RA3Model, folder: str | Path) -> None:
         piece = shard(slot, tensors, geometry, layout.tp_rank, layout.tp_size, parameter.shape[0])
         parameter.data.copy_(piece)
         filled.add(name)
+        ACTIVITY.moved()
     assert filled == set(parameters), f"parameters without a Hugging Face name: {sorted(set(parameters) - filled)}"
 
 
@@ -124,6 +125,7 @@ def init_hf(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in metadata(hf_config):
+            ACTIVITY.moved()
             if name.endswith("norm.weight"):
                 yield name, torch.ones(shape)
             elif name.endswith(".bias"):
