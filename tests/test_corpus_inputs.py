@@ -229,7 +229,9 @@ def test_parquet_without_content_is_refused_at_once(tmp_path):
 def test_damaged_parquet_counts_every_lost_row(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [os.urandom(300).hex() for _ in range(300)]
-    parquet.write_table(pa.table({"content": rows}), path, row_group_size=100, write_page_checksum=True)
+    parquet.write_table(
+        pa.table({"content": rows}), path, row_group_size=100, write_page_checksum=True, compression="NONE"
+    )
     data = bytearray(path.read_bytes())
     offset = data.find(rows[150].encode()[:20])
     data[offset : offset + 50] = b"?" * 50
@@ -344,7 +346,12 @@ def test_a_folder_of_archives_is_expanded_in_order(tmp_path):
         ("tar", "b.tar"),
     ]
     write_folder(tmp_path, {"setup.py": b"s"})
-    assert inputs(tmp_path) == [Input("folder", tmp_path, 1)]
+    assert inputs(tmp_path) == [Input("folder", tmp_path, 1), *found]
+
+
+def test_suffixes_are_found_in_either_case(tmp_path):
+    write_folder(tmp_path, {"a.PY": b"1", "b.py": b"2", "c.pyx": b"3"})
+    assert [item.path for item in read(tmp_path)] == ["a.PY", "b.py"]
 
 
 def test_unknown_inputs_are_refused(tmp_path):

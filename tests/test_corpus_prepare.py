@@ -1,18 +1,21 @@
 """Preparing a corpus: equal bytes for equal input, every file accounted for, clear refusals."""
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import webdataset
 
+from megatron_ra3.corpus import prepare as prepare_module
 from megatron_ra3.corpus import staging
 from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.commands import add_prepare_arguments, run_prepare
@@ -27,6 +30,7 @@ from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.tokenizer import load_tokenizer
 
+RUN_PREPARE = "import sys; from megatron_ra3.cli import main; sys.exit(main(['prepare', *sys.argv[1:]]))"
 PREPARE_SCRIPT = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"
 
 
@@ -271,7 +275,7 @@ def test_each_filter_drops_what_it_is_for_and_can_be_switched_off(sources, tmp_p
         line.code for split in strict.splits for record in read_all(tmp_path / "strict", split) for line in record.lines
     ]
     assert "to = 'email@example.com'" in found
-    assert strict.settings["benchmarks"].keys() == {"bench.jsonl"}
+    assert strict.settings["benchmarks"].keys() == {str(tmp_path / "bench.jsonl")}
     loose = prepare(config(sources, tmp_path / "loose", without=("near_duplicates", "scrub")))
     assert loose.files_dropped == {}
     assert loose.scrubbed == {}
@@ -305,6 +309,68 @@ def test_a_killed_run_examines_only_what_is_missing(sources, tmp_path, monkeypat
     assert len(examined) == 30
     assert resumed == prepare(config(sources, tmp_path / "fresh"))
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_kill_leaves_no_worker_and_the_same_command_goes_on(sources, tmp_path):
+    for number in range(300):
+        path = sources / f"q{number}" / "m.py"
+        path.parent.mkdir()
+        path.write_text("".join(f"v{number}_{row} = {row}\n" for row in range(100)))
+    out = tmp_path / "out"
+    small_batches = f"from megatron_ra3.corpus import staging; staging.BATCH_DOCUMENTS = 15; {RUN_PREPARE}"
+    command = [sys.executable, "-c", small_batches, sources, "--out", out, "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".preparing/batches/*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while in_session(process.pid):
+        assert time.monotonic() < deadline, in_session(process.pid)
+        time.sleep(0.1)
+    assert not (out / "manifest.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    prepare(PrepareConfig(sources=(str(sources),), out=str(tmp_path / "fresh"), workers=1))
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def in_session(leader):
+    """Command lines of the processes of a session that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text())
+    return found
+
+
+def test_one_bad_document_neither_ends_the_run_nor_loses_its_work(sources, tmp_path, monkeypatch):
+    (sources / "bad.py").write_bytes(b"# coding: undefined\nx = 1\n")
+    assert prepare(config(sources, tmp_path / "out")).files_dropped == {"undecodable": 1}
+    monkeypatch.setattr(prepare_module, "write_report", lambda *_: json.loads("{"))
+    with pytest.raises(ValueError, match="Expecting"):
+        prepare(config(sources, tmp_path / "late"))
+    assert list((tmp_path / "late" / ".preparing" / "batches").glob("*.json"))
+
+
+def test_a_foreign_file_is_neither_deleted_nor_replaced(sources, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("train-mine.tar", "heldout-notes.npy"):
+        (out / name).write_text(name)
+    prepare(config(sources, out))
+    assert [(out / name).read_text() for name in ("train-mine.tar", "heldout-notes.npy")] == [
+        "train-mine.tar", "heldout-notes.npy",
+    ]  # fmt: skip
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train-00000.tar").write_text("foreign")
+    with pytest.raises(FileExistsError, match=r"train-00000\.tar is in the way and belongs to no corpus"):
+        prepare(config(sources, tmp_path / "other"))
+    assert (tmp_path / "other" / "train-00000.tar").read_text() == "foreign"
 
 
 def test_two_runs_do_not_write_the_same_corpus(sources, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ra3.cli import main
+from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.rearrange import merge_corpora, split_corpus
@@ -36,7 +37,7 @@ def records(corpus, split):
     return [record for shard in shards for record in read_shard(corpus / shard.tar.name)]
 
 
-def sources(corpus):
+def sources_of(corpus):
     return {
         split: {f"{record.repo}/{record.source}" for record in records(corpus, split)} for split in ("train", "heldout")
     }
@@ -57,7 +58,7 @@ def test_merging_the_parts_of_a_corpus_gives_its_files_and_counts_back(corpus, t
     sizes = [sum(split.snippets for split in part.splits.values()) for part in parts]
     assert max(sizes) - min(sizes) <= 3
     merged = merge_corpora(outs, tmp_path / "merged", samples_per_shard=4)
-    assert sources(tmp_path / "merged") == sources(corpus)
+    assert sources_of(tmp_path / "merged") == sources_of(corpus)
     for split in ("train", "heldout"):
         counts, expected = merged.splits[split], whole.splits[split]
         for figure in ("files", "repos", "snippets", "lines", "native_comments", "chars"):
@@ -81,14 +82,54 @@ def test_a_file_that_two_parts_hold_is_merged_once(tmp_path):
     assert (merged.files_seen, merged.settings["samples_per_shard"]) == (38, 100)
 
 
-def test_a_held_back_file_that_another_part_trains_on_is_dropped(tmp_path):
-    one = make_corpus(tmp_path / "one", range(30), heldout_fraction=0.0)
-    two = make_corpus(tmp_path / "two", range(36), heldout_fraction=0.3)
-    assert records(two, "heldout")
-    merge_corpora([one, two], tmp_path / "merged", samples_per_shard=100)
-    merged = sources(tmp_path / "merged")
-    assert merged["train"] >= {f"p{number // 3}/m{number}.py" for number in range(30)}
-    assert merged["train"].isdisjoint(merged["heldout"])
+def test_every_copy_is_counted(tmp_path):
+    parts = [make_corpus(tmp_path / name, range(9)) for name in ("one", "two", "three")]
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    kept = sum(split.files for split in merged.splits.values())
+    assert (kept, merged.files_dropped, merged.files_seen) == (9, {"duplicate": 18}, 27)
+
+
+def test_a_held_back_file_that_another_repository_trains_on_is_dropped(tmp_path):
+    names = [f"p{number}" for number in range(40)]
+    trained = [name for name in names if split_of(name, 0.3) == "train"]
+    heldout = next(name for name in names if split_of(name, 0.3) == "heldout")
+    same, other = "a = 1\nb = a\nc = b\n", "x = 2\ny = x\nz = y\n"
+    parts = []
+    for number, files in enumerate([{trained[0]: same}, {heldout: same, trained[1]: other}]):
+        for repo, text in files.items():
+            path = tmp_path / f"src{number}" / repo / "m.py"
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+        parts.append(tmp_path / f"part{number}")
+        source = str(tmp_path / f"src{number}")
+        prepare(PrepareConfig(sources=(source,), out=str(parts[-1]), heldout_fraction=0.3, workers=1))
+    assert sources_of(parts[1])["heldout"] == {f"{heldout}/m.py"}
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    assert sources_of(tmp_path / "merged") == {"train": {f"{name}/m.py" for name in trained[:2]}, "heldout": set()}
+    assert merged.files_dropped == {"duplicate": 1}
+
+
+def test_parts_that_hold_back_different_fractions_are_refused(tmp_path):
+    parts = [
+        make_corpus(tmp_path / name, range(9), heldout_fraction=fraction) for name, fraction in (("a", 0.0), ("b", 0.3))
+    ]
+    with pytest.raises(ValueError, match=r"different fractions of repositories, \[0.0, 0.3\]"):
+        merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+
+
+def test_files_of_no_repository_are_dealt_out_one_by_one(tmp_path):
+    rows = [json.dumps({"content": f"a = {number}\nb = a\nc = b\n"}) for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "corpus"
+    prepare(
+        PrepareConfig(
+            sources=(str(tmp_path / "rows.jsonl"),), out=str(out), heldout_fraction=0.0, without=("near_duplicates",)
+        )
+    )
+    parts = split_corpus(out, [tmp_path / "a", tmp_path / "b"])
+    assert [part.splits["train"].files for part in parts] == [10, 10]
+    merged = merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", samples_per_shard=9)
+    assert merged.splits["train"].repos == Manifest.load(out).splits["train"].repos == 20
 
 
 def test_tokenizers_must_agree_and_are_kept(tmp_path):
@@ -108,12 +149,13 @@ def test_tokenizers_must_agree_and_are_kept(tmp_path):
 def test_what_cannot_be_rearranged_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="needs two corpora or more, found 1"):
         merge_corpora([corpus], tmp_path / "out", samples_per_shard=4)
-    with pytest.raises(ValueError, match="needs two folders or more, found 1"):
+    with pytest.raises(ValueError, match="needs two different folders or more"):
         split_corpus(corpus, [tmp_path / "out"])
     with pytest.raises(FileExistsError, match="already holds a corpus"):
         split_corpus(corpus, [tmp_path / "out", corpus])
     with pytest.raises(ValueError, match="would hold no training snippet"):
         split_corpus(corpus, [tmp_path / str(number) for number in range(12)])
+    assert not list(tmp_path.rglob("[0-9]*/manifest.json"))
 
 
 def test_every_damaged_file_is_named(corpus, capsys):

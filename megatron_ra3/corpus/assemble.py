@@ -1,7 +1,7 @@
 """From examined batches to shards: duplicates out, splits by repository, every shard planned before one is written.
 
 Held-back files are chosen by repository, because the files of one repository resemble each other: a split by file would
-measure memory. Nothing here grows with the text of the corpus; a document takes about 50 bytes.
+measure memory. Nothing here grows with the text of the corpus; a document takes about 250 bytes.
 """
 
 import hashlib

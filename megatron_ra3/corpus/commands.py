@@ -33,7 +33,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="folders, git repositories, tar(.gz|.zst), jsonl(.gz|.zst), parquet, or folders of such files",
     )
-    add("--stdlib", action="store_true", help="add this interpreter's standard library; leaves out test folders")
+    add("--stdlib", action="store_true", help="read this interpreter's standard library, without its tests")
     add("--out", required=True, metavar="FOLDER", help="where the corpus goes; the same command resumes after a kill")
     add("--languages", nargs="+", choices=list(LANGUAGES), default=list(defaults.languages), help="default: python")
     add("--exclude", action="append", default=[], metavar="GLOB", help="leave out files and folders by name or path")
@@ -60,8 +60,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepares a corpus from parsed arguments and prints what it holds."""
+    if args.stdlib and args.sources:
+        raise ValueError("--stdlib leaves out test folders everywhere; prepare other sources apart, then merge")
     stdlib = (sysconfig.get_paths()["stdlib"],) if args.stdlib else ()
-    permissive = sorted(PERMISSIVE) if "permissive" in args.licences else []
+    named = [name for name in args.licences if name.lower() != "permissive"]
+    permissive = sorted(PERMISSIVE) if len(named) < len(args.licences) else []
     config = PrepareConfig(
         sources=(*args.sources, *stdlib),
         out=args.out,
@@ -70,7 +73,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         limits=SnippetLimits(args.max_lines, args.max_chars, args.min_lines),
         without=tuple(args.without),
         similarity=args.similarity,
-        licences=(*(name for name in args.licences if name != "permissive"), *permissive),
+        licences=(*named, *permissive),
         unknown_licence=args.unknown_licence,
         benchmarks=tuple(args.benchmarks),
         heldout_fraction=args.heldout_fraction,
@@ -87,6 +90,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     print(f"{args.out}: prepared in {seconds:.1f} s, {manifest.bytes_seen / 1e6 / seconds:.2f} MB/s")
     _print_stats(manifest)
     print(f"  report   {Path(args.out) / 'report.html'}")
+    if config.heldout_fraction and not manifest.splits["heldout"].snippets:
+        print("  no repository was held out, but training needs some: raise --heldout-fraction, add --overwrite")
     return 0
 
 
@@ -101,7 +106,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     head = commands.add_parser("head", help="print the first snippets")
     head.add_argument("folder", type=Path)
     head.add_argument("--split", choices=SPLITS, default="train")
-    head.add_argument("-n", type=int, default=3, help="default %(default)s")
+    head.add_argument("-n", type=_positive, default=3, help="default %(default)s")
     head.set_defaults(run=_head)
 
     verify = commands.add_parser("verify", help="read everything; exit status 1 if something is damaged")
@@ -116,8 +121,15 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     merge = commands.add_parser("merge", help="one corpus of several, every file once")
     merge.add_argument("folders", type=Path, nargs="+")
     merge.add_argument("--out", type=Path, required=True)
-    merge.add_argument("--samples-per-shard", type=int, default=PrepareConfig.samples_per_shard)
+    merge.add_argument("--samples-per-shard", type=_positive, default=PrepareConfig.samples_per_shard)
     merge.set_defaults(run=_merge)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
+    return number
 
 
 def _stats(args: argparse.Namespace) -> int:

@@ -58,6 +58,7 @@ class Selection:
     def __init__(self, suffixes: frozenset[str], exclude: Sequence[str], max_file_bytes: int) -> None:
         self.max_file_bytes = max_file_bytes
         self._suffixes = tuple(sorted(suffixes))
+        self.suffix_of_unnamed = ".py" if ".py" in suffixes else min(suffixes, default="")
         self._exclude = tuple(exclude)
         self._keeps_folder = lru_cache(maxsize=4096)(self.keeps)
 
@@ -69,8 +70,8 @@ class Selection:
         return not folder or self._keeps_folder(folder)
 
     def wants(self, path: str) -> bool:
-        """The path has one of the suffixes and is not excluded."""
-        return path.endswith(self._suffixes) and self.keeps(path)
+        """The path has one of the suffixes, in upper or lower case, and is not excluded."""
+        return path.lower().endswith(self._suffixes) and self.keeps(path)
 
 
 def clean_path(path: str) -> str:

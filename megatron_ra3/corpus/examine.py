@@ -80,13 +80,13 @@ def examine(document: Document, rules: Rules) -> Kept | Dropped:
         raise ValueError(f"{name} is of no known language")
     try:
         text = decode(document, language)
-    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+    except (UnicodeError, SyntaxError, LookupError) as error:
         return Dropped(name, "undecodable", str(error))
     identifiers = licences.normalise(document.licence or licences.spdx_header(text))
     if rules.licences is not None and not licences.allowed(identifiers, rules.licences, unknown=rules.unknown_licence):
         return Dropped(name, "licence", ", ".join(identifiers) or "unknown")
-    suspicion = quality.suspicion(text, document.path)
-    if suspicion is not None and suspicion not in rules.without:
+    suspicion = quality.suspicion(text, document.path, rules.without)
+    if suspicion is not None:
         return Dropped(name, suspicion)
     scrubbed: Counter[str] = Counter()
     if "scrub" not in rules.without:
@@ -134,7 +134,7 @@ def decode(document: Document, language: Language) -> str:
     """A document as text with every newline as one: Python by byte-order mark or coding cookie, all else as UTF-8.
 
     Raises:
-        SyntaxError, LookupError: the cookie names no text encoding. UnicodeDecodeError: the bytes do not fit it.
+        SyntaxError, LookupError: the cookie names no text encoding. UnicodeError: the bytes do not fit it.
     """
     encoding = "utf-8"
     if language.name == "python" and not document.is_text:

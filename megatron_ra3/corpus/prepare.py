@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +26,7 @@ from megatron_ra3.corpus.decontaminate import Benchmarks
 from megatron_ra3.corpus.examine import Filter, Rules
 from megatron_ra3.corpus.inputs import Input, find_inputs
 from megatron_ra3.corpus.languages import LANGUAGES
+from megatron_ra3.corpus.licences import normalise
 from megatron_ra3.corpus.manifest import FORMAT_VERSION, Manifest, SplitInfo
 from megatron_ra3.corpus.progress import read_with_progress
 from megatron_ra3.corpus.publish import publish, refuse_existing
@@ -94,6 +97,10 @@ class PrepareConfig:
         return frozenset(suffix for name in self.languages for suffix in LANGUAGES[name].suffixes)
 
 
+class EmptyCorpusError(ValueError):
+    """No training snippet came out."""
+
+
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes the corpus that `config` describes into `config.out`; the manifest comes last.
 
@@ -105,9 +112,12 @@ def prepare(config: PrepareConfig) -> Manifest:
         FileExistsError: the folder holds a corpus and `config.overwrite` is not set, or is being written to.
     """
     inputs = find_inputs(config.sources, suffixes=config.suffixes, exclude=config.exclude)
+    for path in config.benchmarks:
+        if not Path(path).is_file():
+            raise ValueError(f"benchmark file {path} does not exist")
     out = Path(config.out)
     if not config.overwrite:
-        refuse_existing(out)
+        refuse_existing(out, "choose another --out or pass --overwrite")
     with _staging(out) as staging:
         manifest = _build(config, inputs, staging)
         publish(staging / "corpus", out, manifest)
@@ -116,12 +126,12 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
     small = sum(source.bytes for source in inputs) < BATCH_BYTES
-    workers = config.workers or (1 if small else os.cpu_count() or 1)
-    benchmarks = {Path(path).name: _sha256(Path(path)) for path in config.benchmarks}
+    workers = config.workers or (1 if small else len(os.sched_getaffinity(0)))
+    benchmarks = {path: _sha256(Path(path)) for path in config.benchmarks}
     rules = Rules(
         limits=config.limits,
         without=frozenset(config.without),
-        licences=frozenset(name.lower() for name in config.licences) if config.licences else None,
+        licences=frozenset(normalise(",".join(config.licences))) if config.licences else None,
         unknown_licence=config.unknown_licence,
         benchmarks=Benchmarks.load([Path(path) for path in config.benchmarks]) if config.benchmarks else None,
     )
@@ -137,7 +147,7 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
     folder.mkdir()
     contents = count(plan, write_splits(plan, folder, config.samples_per_shard, workers))
     if not contents.splits["train"].snippets:
-        raise ValueError(_empty_corpus(config, seen, contents.splits["heldout"]))
+        raise EmptyCorpusError(_empty_corpus(config, seen, contents.splits["heldout"]))
     tokenizer_sha256, splits = _tokens(config, folder, contents)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -194,7 +204,7 @@ def _examine(
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A folder in `out` that outlives a kill, and goes when the work is done or was in vain."""
+    """A folder in `out` that outlives a kill and an error, and goes when the work is done or was in vain."""
     folder = out / _STAGING
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -206,7 +216,7 @@ def _staging(out: Path) -> Iterator[Path]:
             ) from None
         try:
             yield folder
-        except ValueError:
+        except EmptyCorpusError:
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
@@ -227,7 +237,9 @@ def _fingerprint(config: PrepareConfig, benchmarks: dict[str, str]) -> str:
     """What decides the fate of a document besides itself."""
     names = ("limits", "without", "licences", "unknown_licence")
     settings = _settings(config)
-    return json.dumps([__version__, FORMAT_VERSION, [settings[name] for name in names], sorted(benchmarks.values())])
+    libraries = [version(name) for name in ("datasketch", "detect-secrets", "pygments")]
+    programs = [__version__, FORMAT_VERSION, sys.version, *libraries]
+    return json.dumps([programs, [settings[name] for name in names], sorted(benchmarks.values())])
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -242,8 +254,8 @@ def _empty_corpus(config: PrepareConfig, seen: _Seen, heldout: SplitInfo) -> str
     return (
         f"empty corpus: no training snippet in {', '.join(config.sources)}; {seen.documents} files seen, "
         f"{heldout.files} held out, dropped {reasons(seen.dropped)} files, {reasons(seen.cut_dropped)}; "
-        f"check the sources, languages={list(config.languages)}, exclude={list(config.exclude)} and the limits "
-        f"{config.limits}"
+        f"check the sources, languages={list(config.languages)}, exclude={list(config.exclude)}, the limits "
+        f"{config.limits}, heldout_fraction={config.heldout_fraction} and unknown_licence={config.unknown_licence}"
     )
 
 

@@ -5,6 +5,7 @@ repetitive and easy to predict, so that they take part of every batch and improv
 """
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 # generated: a header comment or the module docstring says that a program wrote the file.
@@ -23,7 +24,7 @@ MIN_LITERAL_CHARS_OF_DATA = 2000
 
 _HEADER_CHARS = 4000
 # Comments and blank rows, then perhaps a docstring, then more comments: what stands before the first code.
-_COMMENTS = r"(?:[ \t]*(?:#[^\n]*)?\n)*"
+_COMMENTS = r"(?:[ \t]*(?:(?:\#|//|--|/?\*)[^\n]*)?\n)*"
 _DOCSTRING = r"[rRuU]?(?:\"\"\".*?(?:\"\"\"|\Z)|'''.*?(?:'''|\Z))"
 _HEADER = re.compile(f"\ufeff?(?P<above>{_COMMENTS})(?P<docstring>{_DOCSTRING})?(?P<below>{_COMMENTS})", re.DOTALL)
 _AUTO = r"(?:auto(?:matically|matic)?[-\s]?)"
@@ -54,13 +55,16 @@ _LEXEME = re.compile(
 )
 
 
-def suspicion(text: str, path: str) -> Suspicion | None:
-    """Why a source file should be left out, the first reason that holds; None for what a person wrote as code."""
-    if _is_generated(text, path):
+def suspicion(text: str, path: str, without: Collection[str] = ()) -> Suspicion | None:
+    """Why a source file should be left out, the first reason that holds; None for what a person wrote as code.
+
+    Reasons in `without` are not looked for.
+    """
+    if "generated" not in without and _is_generated(text, path):
         return "generated"
-    if _is_minified(text):
+    if "minified" not in without and _is_minified(text):
         return "minified"
-    return "data" if _is_data(text) else None
+    return "data" if "data" not in without and _is_data(text) else None
 
 
 def _is_generated(text: str, path: str) -> bool:

@@ -51,8 +51,9 @@ class Report:
 def write_report(folder: Path, report: Report) -> None:
     """Writes `report.json` and `report.html` beside the shards in `folder`."""
     content = _content(report)
-    (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(_page(content, _samples(folder, report.manifest)), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    page = _page(content, _samples(folder, report.manifest))
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _content(report: Report) -> dict[str, Any]:

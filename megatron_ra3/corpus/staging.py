@@ -6,12 +6,13 @@ again, which is cheap, and examines only the batches whose names are not there.
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def examine_all(
     `fingerprint` stands for all that decides the result besides the documents.
 
     Raises:
-        RuntimeError: a process died, most likely for lack of memory; the batches that were finished stay.
+        ChildProcessError: a process died, most likely for lack of memory; the batches that were finished stay.
     """
     todo = (
         (folder / f"{number:08d}-{_digest(fingerprint, batch)}.json", batch)
@@ -75,18 +76,12 @@ def examine_all(
         return
     waiting: deque[Path | Future[Path]] = deque()
     with worker_pool(workers) as pool:
-        try:
-            for path, batch in todo:
-                waiting.append(path if path.exists() else pool.submit(_examine_batch, path, batch, rules))
-                if len(waiting) > 3 * workers:
-                    yield _result(waiting.popleft())
-            while waiting:
+        for path, batch in todo:
+            waiting.append(path if path.exists() else pool.submit(_examine_batch, path, batch, rules))
+            if len(waiting) > 3 * workers:
                 yield _result(waiting.popleft())
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {workers} worker processes died while examining documents (out of memory?); give fewer "
-                "--workers and start again: what was examined is kept"
-            ) from error
+        while waiting:
+            yield _result(waiting.popleft())
 
 
 def load_batch(path: Path) -> Batch:
@@ -145,7 +140,11 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
     dropped: Counter[str] = Counter()
     examples: dict[str, list[list[str]]] = {}
     for item in batch:
-        found = examine(item, rules) if isinstance(item, Document) else item
+        try:
+            found = examine(item, rules) if isinstance(item, Document) else item
+        except Exception as error:
+            error.add_note(f"while examining {item.path}")
+            raise
         if isinstance(found, Kept):
             kept.append(found)
             continue
@@ -154,8 +153,10 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
         if len(shown) < EXAMPLES_PER_REASON:
             shown.append([found.path, found.detail if isinstance(found, Dropped) else ""])
     data = b"".join(snippet for file in kept for snippet in file.snippets)
-    path.with_suffix(".bin").write_bytes(zlib.compress(data, level=1))
-    np.save(path.with_suffix(".npy"), np.stack([file.signature for file in kept]) if kept else np.zeros((0, 0)))
+    signatures = BytesIO()
+    np.save(signatures, np.stack([file.signature for file in kept]) if kept else np.zeros((0, 0)))
+    _write(path.with_suffix(".bin"), zlib.compress(data, level=1))
+    _write(path.with_suffix(".npy"), signatures.getvalue())
     content = Batch(
         documents=len(batch),
         bytes=sum(len(item.data) for item in batch if isinstance(item, Document)),
@@ -165,10 +166,18 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
         examples=examples,
         files=tuple(map(_staged, kept)),
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(content)), encoding="utf-8")
-    partial.replace(path)
+    _write(path, json.dumps(asdict(content)).encode())
     return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Atomic, and on the disk when this returns."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _staged(file: Kept) -> StagedFile:

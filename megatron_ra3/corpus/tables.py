@@ -22,7 +22,7 @@ _JSON_OVERHEAD = 8  # a control character takes six bytes in JSON; the other col
 
 
 def read_jsonl(path: Path, selection: Selection, progress: Progress) -> Iterator[Document | Unreadable]:
-    """Documents of a JSONL file, one object per line; rows without a path column are called row-<number>.py."""
+    """Documents of a JSONL file, one object per line; rows without a path column are called row-<number>."""
     start_bytes, number = progress.bytes, 0
     try:
         with open_decompressed(path) as (file, content):
@@ -105,7 +105,7 @@ def _documents(
     content = batch.column(columns["content"])
     sizes_bytes = compute.binary_length(content).to_pylist()
     values = {role: batch.column(name).to_pylist() for role, name in columns.items() if role != "content"}
-    paths = values.get("path") or [_row_name(first_row + row) for row in range(len(batch))]
+    paths = values.get("path") or [_row_name(first_row + row, selection) for row in range(len(batch))]
     nothing = [None] * len(batch)
     labels = zip(values.get("repo", nothing), paths, values.get("licence", nothing), strict=True)
     for row, (repo, path, licence) in enumerate(labels):
@@ -130,7 +130,7 @@ def _parse_row(line: bytes, number: int, place: str, selection: Selection) -> Do
     if not isinstance(row, dict):
         return Unreadable(place, "unreadable")
     named = _first(PATH, row)
-    path = row[named] if named else _row_name(number)
+    path = row[named] if named else _row_name(number, selection)
     name = clean_path(path) if isinstance(path, str) else None
     if name and not selection.wants(name):
         return None
@@ -159,8 +159,8 @@ def _first(known: tuple[str, ...], names: Collection[str]) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def _row_name(row: int) -> str:
-    return f"row-{row}.py"
+def _row_name(row: int, selection: Selection) -> str:
+    return f"row-{row}{selection.suffix_of_unnamed}"
 
 
 def _text(value: object) -> str:

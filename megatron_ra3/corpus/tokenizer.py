@@ -16,6 +16,8 @@ PAD = "<|pad|>"
 ACT, THINK, END_THINK = "<act>", "<think>", "</think>"
 _SPECIAL_TOKENS = [END_OF_TEXT, PAD, ACT, THINK, END_THINK]
 SMALLEST_VOCAB = 256 + len(_SPECIAL_TOKENS)
+FOLDER = "tokenizer"
+"""Where a corpus keeps its tokenizer."""
 _FILE = "tokenizer.json"
 _PROBE = "    def f(x):  # \u00fc \u4e16 e\u0301\n\n\treturn  x<|endoftext|> # <think>\r\n "
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_ra3.corpus.manifest import DataFile, Manifest, Shard
 from megatron_ra3.corpus.shards import read_shard
+from megatron_ra3.corpus.tokenizer import FOLDER, tokenizer_fingerprint
 
 
 def problems(folder: Path) -> Iterator[str]:
@@ -15,7 +16,10 @@ def problems(folder: Path) -> Iterator[str]:
     Raises:
         FileNotFoundError, ValueError: there is no manifest, or it cannot be read.
     """
-    for split in Manifest.load(folder).splits.values():
+    manifest = Manifest.load(folder)
+    if manifest.tokenizer_sha256 and tokenizer_fingerprint(folder / FOLDER) != manifest.tokenizer_sha256:
+        yield f"{folder / FOLDER} is missing or has changed: it is not the tokenizer in the manifest"
+    for split in manifest.splits.values():
         for shard in split.shards:
             found = [*_changed(folder, shard.tar), *_changed(folder, shard.index)]
             yield from found
