@@ -32,9 +32,10 @@ def _midtrain(folder: Path, corpus: Path, *overrides: str) -> subprocess.Complet
 
 
 def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpus, tmp_path):
-    stopped = _midtrain(tmp_path, small_corpus, "checkpoint.stop_after_steps=21", "warmup.steps=20")
+    settings = ("warmup.steps=20", "objective.gate_exploration=0.5")  # or so small a model hardly ever thinks
+    stopped = _midtrain(tmp_path, small_corpus, "checkpoint.stop_after_steps=21", *settings)
     assert "stopped after step 21" in stopped.stdout, stopped.stderr
-    done = _midtrain(tmp_path, small_corpus, "warmup.steps=20")
+    done = _midtrain(tmp_path, small_corpus, *settings)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -42,8 +43,7 @@ def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpu
     esteps = [record for record in metrics if record["phase"] == "estep"]
     assert len(esteps) == 3
     assert all(record["mismatch"] < 1e-4 for record in esteps)
-    assert all(record["effective_samples"] > 0.999 for record in esteps)
-    assert any(record["grad_norm"] > 0 for record in esteps)
+    assert all(record["think_rate"] > 0.1 and record["grad_norm"] > 0 for record in esteps)
     annotated = [json.loads(line) for line in (run / "annotated" / "replica-00000.jsonl").read_text().splitlines()]
     versions = {
         v for item in annotated for v, drawn in zip(item["weight_versions"], item["sampled"], strict=True) if drawn
