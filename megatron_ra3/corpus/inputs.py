@@ -46,8 +46,8 @@ class Input:
 def find_inputs(arguments: Sequence[str], *, suffixes: frozenset[str], exclude: Sequence[str]) -> list[Input]:
     """Decides by looking what each argument is.
 
-    A folder with a `.git` and a bare repository are read by git. Any other folder stands for its files with one of
-    the `suffixes` and, in sorted order, for the archives and tables in it.
+    A folder with a `.git` and a bare repository are read by git. A folder that holds archives or tables and no file
+    with one of the `suffixes` stands for these, in sorted order; any other folder is searched for files.
 
     Raises:
         ValueError: an argument is missing or of no known kind, git cannot read a repository, or a Parquet file has no
@@ -118,7 +118,7 @@ def _find(path: Path, selection: Selection) -> list[Input]:
 
 
 def _look_into(folder: Path, selection: Selection) -> list[Input]:
-    """The folder itself if it holds wanted files or nothing to read, and the archives and tables in it."""
+    """The archives and tables in a folder, or the folder itself if it holds wanted files or nothing of either."""
     packed: list[Path] = []
     wanted_bytes = num_wanted = 0
     for found in walk(folder, selection):
@@ -130,8 +130,9 @@ def _look_into(folder: Path, selection: Selection) -> list[Input]:
             wanted_bytes += _size_bytes(path)
         elif _kind_of_file(path) and path.is_file():
             packed.append(path)
-    archives = [found for path in sorted(packed) for found in _find(path, selection)]
-    return [Input("folder", folder, wanted_bytes), *archives] if num_wanted or not archives else archives
+    if packed and not num_wanted:
+        return [found for path in sorted(packed) for found in _find(path, selection)]
+    return [Input("folder", folder, wanted_bytes)]
 
 
 def _read_folder(folder: Path, selection: Selection, progress: Progress) -> Iterator[Document | Unreadable]:
