@@ -7,7 +7,6 @@ import pytest
 
 from megatron_ra3.evaluate.graders import grade
 from megatron_ra3.evaluate.plus import Expected, PlusReferences, base_passed, restore_mbpp_inputs
-from megatron_ra3.evaluate.sandbox import IsolationError, Sandbox
 from megatron_ra3.evaluate.stdio import same_output, same_value
 from megatron_ra3.evaluate.tasks import (
     AssertTask,
@@ -21,17 +20,12 @@ from megatron_ra3.evaluate.tasks import (
     load_mbpp_plus,
     load_sanitized_mbpp,
 )
-from tests.support import require
+from tests.support import open_jail
 
 
 @pytest.fixture(scope="module")
 def jail():
-    try:
-        sandbox = Sandbox(2)
-    except IsolationError as error:
-        require(False, str(error))
-        raise
-    with sandbox:
+    with open_jail(2) as sandbox:
         yield sandbox
 
 

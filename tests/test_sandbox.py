@@ -11,17 +11,12 @@ from megatron_ra3.evaluate.jail.kernel import seccomp_program
 from megatron_ra3.evaluate.sandbox import IsolationError, Sandbox, Verdict, brief
 from megatron_ra3.evaluate.session import Handle, Session
 from megatron_ra3.evaluate.worker import JailError, Limits, ProgramError
-from tests.support import require
+from tests.support import open_jail
 
 
 @pytest.fixture(scope="module")
 def jail():
-    try:
-        sandbox = Sandbox(1)
-    except IsolationError as error:
-        require(False, str(error))
-        raise
-    with sandbox:
+    with open_jail(1) as sandbox:
         yield sandbox
 
 
@@ -176,7 +171,7 @@ def test_a_program_cannot_ask_for_more_than_its_jail_has(jail):
 
 def test_two_pools_share_no_user(jail):
     code = "import os\nprint(os.getuid())"
-    with Sandbox(1) as other:
+    with open_jail(1) as other:
         assert (jail.run_script(code).stdout == other.run_script(code).stdout) == (os.geteuid() != 0)
 
 

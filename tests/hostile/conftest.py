@@ -2,19 +2,13 @@
 
 import pytest
 
-from megatron_ra3.evaluate.sandbox import IsolationError, Sandbox
-from tests.support import require
+from tests.support import open_jail
 
 
 @pytest.fixture(scope="package")
 def jail():
     patch = pytest.MonkeyPatch()
     patch.setenv("RA3_HOSTILE_SECRET", "x")
-    try:
-        sandbox = Sandbox(1)
-    except IsolationError as error:
-        require(False, str(error))
-        raise
-    with sandbox:
+    with open_jail(1) as sandbox:
         yield sandbox
     patch.undo()

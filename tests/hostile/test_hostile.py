@@ -11,6 +11,7 @@ from megatron_ra3.evaluate.sandbox import Sandbox
 from megatron_ra3.evaluate.tasks import AssertTask, IoTest, ScriptTask
 from megatron_ra3.evaluate.worker import MIB, Limits
 from tests.hostile.programs import CONTROL, FUNCTIONS, SCRIPTS
+from tests.support import open_jail
 
 ADD = AssertTask(
     task_id="add",
@@ -115,7 +116,7 @@ def test_memory_of_many_processes_is_bounded_together(jail):
         "for i in range(2): os.wait()\nprint('two ended')"
     )
     small = Limits(time_s=5.0, processes=True, memory_bytes=256 * MIB, files_bytes=8 * MIB)
-    with Sandbox(1, largest=small) as sandbox:  # 800 MiB asked for, 392 MiB for everything
+    with open_jail(1, largest=small) as sandbox:  # 800 MiB asked for, 392 MiB for everything
         finished = sandbox.run_script(code, limits=small)
         assert finished.code in {0, -9}
         assert sandbox.run_script("print(1)", limits=small).stdout == b"1\n"
