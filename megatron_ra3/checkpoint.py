@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.durable import sync
 from megatron_ra3.manifest import (
     FORMAT_VERSION,
     DamagedError,
@@ -33,7 +34,6 @@ from megatron_ra3.manifest import (
     set_aside,
     sha256,
     superseded,
-    sync_folder,
     write_manifest,
 )
 from megatron_ra3.model.parallel import ParallelLayout
@@ -264,7 +264,7 @@ class Checkpoints:
         if save.final.exists():  # damaged, or it would not be written again
             rename_damaged(save.final)
         save.partial.rename(save.final)
-        sync_folder(self.folder)
+        sync(self.folder)
         for old in superseded(finished(self.folder), keep_last=self.keep_last, keep_every_steps=self.keep_every_steps):
             remove(old)
 

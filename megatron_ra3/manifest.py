@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.durable import sync
 from megatron_ra3.stall import ACTIVITY
 
 FORMAT_VERSION = 1
@@ -111,16 +112,7 @@ def write_manifest(folder: Path, contents: Mapping[str, Any], digests: Mapping[s
         file.flush()
         os.fsync(file.fileno())
     for path in (*{path.parent for path in files}, folder):
-        sync_folder(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def remove(checkpoint: Path) -> None:

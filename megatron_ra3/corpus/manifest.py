@@ -6,10 +6,11 @@ corpus that silently lost half its files trains just as smoothly as a whole one.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_ra3 import durable
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -84,13 +85,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json` atomically."""
-        partial = folder / f"{MANIFEST}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / MANIFEST)
+        durable.write(folder / MANIFEST, (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -6,7 +6,6 @@ settings give the same bytes whatever the number of workers; a killed run goes o
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from megatron_ra3.corpus.examine import Filter, Rules
 from megatron_ra3.corpus.inputs import Input, find_inputs
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import normalise
-from megatron_ra3.corpus.manifest import FORMAT_VERSION, Manifest, SplitInfo
+from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo
 from megatron_ra3.corpus.progress import read_with_progress
 from megatron_ra3.corpus.publish import publish, refuse_existing
 from megatron_ra3.corpus.report import Report, write_report
@@ -127,7 +126,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
     small = sum(source.bytes for source in inputs) < BATCH_BYTES
     workers = config.workers or (1 if small else len(os.sched_getaffinity(0)))
-    benchmarks = {path: _sha256(Path(path)) for path in config.benchmarks}
+    benchmarks = {path: DataFile.of(Path(path)).sha256 for path in config.benchmarks}
     rules = Rules(
         limits=config.limits,
         without=frozenset(config.without),
@@ -262,8 +261,3 @@ def _empty_corpus(config: PrepareConfig, seen: _Seen, heldout: SplitInfo) -> str
 def reasons(counts: Counter[str] | dict[str, int]) -> str:
     """Counts in words: "3 empty, 1,204 generated"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "0"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

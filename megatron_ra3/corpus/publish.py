@@ -1,11 +1,11 @@
 """Puts a finished corpus in its place, and never over another one or over a foreign file."""
 
-import os
 import shutil
 from pathlib import Path
 
 from megatron_ra3.corpus.manifest import MANIFEST, Manifest
 from megatron_ra3.corpus.tokenizer import FOLDER
+from megatron_ra3.durable import sync
 
 
 def refuse_existing(folder: Path, fix: str) -> None:
@@ -26,7 +26,7 @@ def publish(staging: Path, folder: Path, manifest: Manifest) -> None:
         target = folder / path.relative_to(staging)
         if target.exists() and target.name.endswith((".tar", ".npy")) and target not in old:
             raise FileExistsError(f"{target} is in the way and belongs to no corpus; choose another --out")
-        _sync(path)
+        sync(path)
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in old:
         path.unlink(missing_ok=True)
@@ -35,9 +35,9 @@ def publish(staging: Path, folder: Path, manifest: Manifest) -> None:
         target = folder / path.relative_to(staging)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
-    _sync(folder)
+    sync(folder)
     manifest.save(folder)
-    _sync(folder)
+    sync(folder)
 
 
 def _old_files(folder: Path) -> set[Path]:
@@ -47,12 +47,3 @@ def _old_files(folder: Path) -> set[Path]:
     except (FileNotFoundError, ValueError):
         return set()
     return {folder / file.name for split in splits for shard in split.shards for file in (shard.tar, shard.index)}
-
-
-def _sync(path: Path) -> None:
-    """Nothing of a file or folder is only in memory any more."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

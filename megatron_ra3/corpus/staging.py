@@ -6,7 +6,6 @@ again, which is cheap, and examines only the batches whose names are not there.
 
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ra3 import durable
 from megatron_ra3.corpus.documents import Document, Unreadable
 from megatron_ra3.corpus.examine import Dropped, Kept, Rules, examine
 from megatron_ra3.corpus.pool import worker_pool
@@ -155,8 +155,8 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
     data = b"".join(snippet for file in kept for snippet in file.snippets)
     signatures = BytesIO()
     np.save(signatures, np.stack([file.signature for file in kept]) if kept else np.zeros((0, 0)))
-    _write(path.with_suffix(".bin"), zlib.compress(data, level=1))
-    _write(path.with_suffix(".npy"), signatures.getvalue())
+    durable.write(path.with_suffix(".bin"), zlib.compress(data, level=1))
+    durable.write(path.with_suffix(".npy"), signatures.getvalue())
     content = Batch(
         documents=len(batch),
         bytes=sum(len(item.data) for item in batch if isinstance(item, Document)),
@@ -166,18 +166,8 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
         examples=examples,
         files=tuple(map(_staged, kept)),
     )
-    _write(path, json.dumps(asdict(content)).encode())
+    durable.write(path, json.dumps(asdict(content)).encode())
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomic, and on the disk when this returns."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _staged(file: Kept) -> StagedFile:

@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_ra3.corpus.manifest import DataFile, Manifest, Shard
 from megatron_ra3.corpus.shards import read_shard
+from megatron_ra3.corpus.storage import LocalStorage
 from megatron_ra3.corpus.tokenizer import FOLDER, tokenizer_fingerprint
 
 
@@ -19,22 +20,20 @@ def problems(folder: Path) -> Iterator[str]:
     manifest = Manifest.load(folder)
     if manifest.tokenizer_sha256 and tokenizer_fingerprint(folder / FOLDER) != manifest.tokenizer_sha256:
         yield f"{folder / FOLDER} is missing or has changed: it is not the tokenizer in the manifest"
+    storage = LocalStorage(folder)
     for split in manifest.splits.values():
         for shard in split.shards:
-            found = [*_changed(folder, shard.tar), *_changed(folder, shard.index)]
+            found = [*_changed(storage, shard.tar), *_changed(storage, shard.index)]
             yield from found
             if not found:
                 yield from _inconsistent(folder, shard)
 
 
-def _changed(folder: Path, file: DataFile) -> Iterator[str]:
-    path = folder / file.name
-    if not path.is_file():
-        yield f"{path} is missing"
-    elif path.stat().st_size != file.bytes:
-        yield f"{path} is torn: {path.stat().st_size} bytes, the manifest says {file.bytes}"
-    elif DataFile.of(path) != file:
-        yield f"{path} has changed: its sha256 is not the one in the manifest"
+def _changed(storage: LocalStorage, file: DataFile) -> Iterator[str]:
+    try:
+        storage.check(file, verify=True)
+    except (OSError, ValueError) as error:
+        yield str(error)
 
 
 def _inconsistent(folder: Path, shard: Shard) -> Iterator[str]:
