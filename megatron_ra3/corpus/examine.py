@@ -42,8 +42,8 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A document that is good enough, cut into encoded snippets; whether it is a duplicate is not known yet."""
+class StagedFile:
+    """A kept document: what the corpus counts about it, and the sizes in bytes of its encoded snippets."""
 
     sha256: str
     repo: str
@@ -53,6 +53,14 @@ class Kept:
     lines: int
     native_comments: int
     chars: int
+    snippets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A document that is good enough, cut into encoded snippets; whether it is a duplicate is not known yet."""
+
+    file: StagedFile
     snippets: tuple[bytes, ...]
     signature: np.ndarray
     cut_dropped: Counter[str]
@@ -114,7 +122,8 @@ def examine(document: Document, rules: Rules) -> Kept | Dropped:
     if not records:
         return Dropped(name, "no_snippet", ", ".join(f"{count} {reason}" for reason, count in cut_dropped.items()))
     kept = [line for record in records for line in record.lines]
-    return Kept(
+    snippets = tuple(record.encode() for record in records)
+    file = StagedFile(
         sha256=sha256,
         repo=document.repo,
         licence=licence,
@@ -123,11 +132,10 @@ def examine(document: Document, rules: Rules) -> Kept | Dropped:
         lines=len(kept),
         native_comments=sum(annotate(line, "observe", language.comment)[0] is not None for line in kept),
         chars=sum(map(num_chars, kept)),
-        snippets=tuple(record.encode() for record in records),
-        signature=np.zeros(0, np.uint32) if "near_duplicates" in rules.without else duplicates.signature(text),
-        cut_dropped=cut_dropped,
-        scrubbed=scrubbed,
+        snippets=tuple(map(len, snippets)),
     )
+    signature = np.zeros(0, np.uint32) if "near_duplicates" in rules.without else duplicates.signature(text)
+    return Kept(file, snippets, signature, cut_dropped, scrubbed)
 
 
 def decode(document: Document, language: Language) -> str:

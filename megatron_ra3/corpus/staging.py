@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_ra3 import durable
 from megatron_ra3.corpus.documents import Document, Unreadable
-from megatron_ra3.corpus.examine import Dropped, Kept, Rules, examine
+from megatron_ra3.corpus.examine import Dropped, Kept, Rules, StagedFile, examine
 from megatron_ra3.corpus.pool import worker_pool
 
 BATCH_BYTES = 8 << 20
@@ -26,21 +26,6 @@ BATCH_DOCUMENTS = 2048
 EXAMPLES_PER_REASON = 3
 
 Read = Document | Unreadable
-
-
-@dataclass(frozen=True, slots=True)
-class StagedFile:
-    """A kept document: what the corpus counts about it, and the sizes in bytes of its encoded snippets."""
-
-    sha256: str
-    repo: str
-    licence: str
-    language: str
-    num_bytes: int
-    lines: int
-    native_comments: int
-    chars: int
-    snippets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,36 +137,22 @@ def _examine_batch(path: Path, batch: list[Read], rules: Rules) -> Path:
         shown = examples.setdefault(found.reason, [])
         if len(shown) < EXAMPLES_PER_REASON:
             shown.append([found.path, found.detail if isinstance(found, Dropped) else ""])
-    data = b"".join(snippet for file in kept for snippet in file.snippets)
+    data = b"".join(snippet for document in kept for snippet in document.snippets)
     signatures = BytesIO()
-    np.save(signatures, np.stack([file.signature for file in kept]) if kept else np.zeros((0, 0)))
+    np.save(signatures, np.stack([document.signature for document in kept]) if kept else np.zeros((0, 0)))
     durable.write(path.with_suffix(".bin"), zlib.compress(data, level=1))
     durable.write(path.with_suffix(".npy"), signatures.getvalue())
     content = Batch(
         documents=len(batch),
         bytes=sum(len(item.data) for item in batch if isinstance(item, Document)),
         dropped=dict(dropped),
-        cut_dropped=dict(sum((file.cut_dropped for file in kept), Counter[str]())),
-        scrubbed=dict(sum((file.scrubbed for file in kept), Counter[str]())),
+        cut_dropped=dict(sum((document.cut_dropped for document in kept), Counter[str]())),
+        scrubbed=dict(sum((document.scrubbed for document in kept), Counter[str]())),
         examples=examples,
-        files=tuple(map(_staged, kept)),
+        files=tuple(document.file for document in kept),
     )
     durable.write(path, json.dumps(asdict(content)).encode())
     return path
-
-
-def _staged(file: Kept) -> StagedFile:
-    return StagedFile(
-        sha256=file.sha256,
-        repo=file.repo,
-        licence=file.licence,
-        language=file.language,
-        num_bytes=file.num_bytes,
-        lines=file.lines,
-        native_comments=file.native_comments,
-        chars=file.chars,
-        snippets=tuple(map(len, file.snippets)),
-    )
 
 
 def _result(item: Path | Future[Path]) -> Path:
