@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_ra3.rollout import ports
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
 
@@ -100,6 +101,20 @@ def test_a_port_in_use_is_refused(tmp_path):
         port = other.getsockname()[1]
         with pytest.raises(EngineError, match=f"cannot listen on 127.0.0.1:{port} .*choose another port"):
             VllmServer(ServerConfig(tmp_path, tmp_path / "log", port=port))
+
+
+def test_a_chosen_port_is_given_to_nobody_else_and_can_be_listened_on(tmp_path):
+    server = VllmServer(ServerConfig(tmp_path, tmp_path / "log"))
+    asked = [ports.reserve("127.0.0.1") for _ in range(500)]
+    assert server.port not in {each.getsockname()[1] for each in asked}
+    for each in asked:
+        each.close()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", server.port))
+        listener.listen()
+        socket.create_connection(("127.0.0.1", server.port)).close()
+    server.stop()
 
 
 @pytest.mark.parametrize("victim", ["parent", "command"])

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_ra3.rollout import ports
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.stall import ACTIVITY
 
@@ -75,7 +76,8 @@ class VllmServer:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self.port = _bindable_port(config.host, config.port)
+        self._reserved = _reserve(config.host, config.port)
+        self.port = int(self._reserved.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -122,7 +124,8 @@ class VllmServer:
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """End every process of the server: politely, after a few seconds by force. Does nothing if there is none."""
+        """End every process of the server: politely, after a few seconds by force. Its port is free again."""
+        self._reserved.close()
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -247,12 +250,9 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _bindable_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. EngineError if it is taken: the other server would be mistaken for ours."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EngineError(f"vLLM server: cannot listen on {host}:{port} ({error}); choose another port") from error
-        return int(probe.getsockname()[1])
+def _reserve(host: str, port: int) -> socket.socket:
+    """Keep `port`, or a free one for 0. EngineError if it is taken: the other server would be mistaken for ours."""
+    try:
+        return ports.reserve(host, port)
+    except OSError as error:
+        raise EngineError(f"vLLM server: cannot listen on {host}:{port} ({error}); choose another port") from error

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from megatron_ra3.rollout import ports
 from megatron_ra3.rollout.engine import EngineError
 
 if TYPE_CHECKING:
@@ -135,16 +136,18 @@ class WeightSync:
         self._fleet.recover()
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        init_info = self._init_info(1 + self._fleet.count_workers())
-        self._transfer = WeightTransferTrainerFactory.trainer_init(init_info, client=self._fleet, source=self._source)
+        with ports.reserve("") as reserved:
+            init_info = self._init_info(reserved.getsockname()[1], 1 + self._fleet.count_workers())
+            self._transfer = WeightTransferTrainerFactory.trainer_init(
+                init_info, client=self._fleet, source=self._source
+            )
 
     def _disconnect(self) -> None:
         if self._transfer is not None:
             self._transfer.shutdown()
             self._transfer = None
 
-    def _init_info(self, world_size: int) -> Any:
-        port = _free_port()
+    def _init_info(self, port: int, world_size: int) -> Any:
         if self._backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -338,9 +341,3 @@ def _from_rank_0(value: str | None) -> str | None:
 def _master_address(urls: Sequence[str]) -> str:
     hosts = {urlsplit(url).hostname for url in urls}
     return LOCAL_HOSTS[0] if hosts <= {*LOCAL_HOSTS, socket.gethostname()} else socket.gethostname()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
