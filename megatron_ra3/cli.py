@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.sandbox import add_sandbox_arguments, run_sandbox
     from megatron_ra3.bench.stream import add_stream_arguments, run_stream
+    from megatron_ra3.bench.sync import add_sync_arguments, run_sync
     from megatron_ra3.bench.tune import add_tune_arguments, run_tune
     from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
@@ -106,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     sandbox = benches.add_parser("sandbox", help="running programs: the warm jail beside a jail per program")
     add_sandbox_arguments(sandbox)
     sandbox.set_defaults(run=run_sandbox)
+    sync = benches.add_parser("sync", help="new weights into running engines: beside saving and loading them")
+    add_sync_arguments(sync)
+    sync.set_defaults(run=run_sync)
     tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)

@@ -236,6 +236,7 @@ def _environment(config: ServerConfig) -> dict[str, str]:
     if _on_cpu():
         own["OMP_NUM_THREADS"] = str(config.cpu_threads)
         own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        own["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages: loading weights is a third faster for fewer page faults
         # Even in eager mode vLLM compiles its log-prob function, which takes a C++ compiler and seconds.
         own["TORCHDYNAMO_DISABLE"] = "1"
         if config.tensor_parallel_size == 1:

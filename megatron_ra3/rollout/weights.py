@@ -1,8 +1,9 @@
 """Trainer's weights into running vLLM engines, through vLLM's weight-transfer API. The only module that knows it.
 
-An update is all or nothing, for all engines together: they are paused, the weights are broadcast once, prefix caches
-are emptied (vLLM keeps stale ones), the version is set and read back. With the gloo backend a failure leaves the old
-weights served and the update is tried once more with a new rendezvous.
+An update is all or nothing, for all engines together: the weights are broadcast once, prefix caches are emptied (vLLM
+keeps stale ones), the version is set and read back. Engines are paused where their models change: with the gloo backend
+after the broadcast, so that sampling goes on beside it; a failure before that leaves the old weights served, and the
+update is tried once more with a new rendezvous. With NCCL they are paused throughout.
 
 `connect`, `send` and `check` are collective over the trainer's ranks: an export of sharded weights is a collective
 itself, so every rank iterates the source to its end, whatever happens to the transfer, and all learn its outcome.
@@ -163,7 +164,6 @@ class WeightSync:
         fleet = self._fleet
         fleet.version = str(version)
         try:
-            fleet.post("/pause?mode=wait")
             self._transfer.send_weights()
         except (RuntimeError, ValueError, OSError) as error:
             self._disconnect()
@@ -227,15 +227,22 @@ class _Fleet:
         )
 
     def start_weight_update(self) -> None:
-        self.undefined = self.undefined or not self._staged
+        if not self._staged:
+            self._pause()
         self.post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         self.post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.undefined = True
+        if self._staged:
+            self._pause()
         self.post("/finish_weight_update", {"weight_version": weight_version or self.version})
+
+    def _pause(self) -> None:
+        """From here on the models change, so nothing may be sampled."""
+        self.post("/pause?mode=wait")
+        self.undefined = True
 
     def count_workers(self) -> int:
         """Workers of all engines; the rank of each engine's first one is kept for the rendezvous."""

@@ -1,8 +1,9 @@
 """Weight transfer from a trainer to vLLM engines over gloo, staged: a failed transfer leaves the old weights served.
 
 vLLM's backends put the model on meta tensors when an update starts, so anything sampled before it ends kills the
-engine, and a trainer that dies half-way leaves no model at all. Here a worker first receives everything into host
-memory and touches the model only in `finish_weight_update`. The price is one host copy of the weights.
+engine, and a trainer that dies half-way leaves no model at all. Here a worker receives everything into host memory
+beside its sampling and touches the model only in `finish_weight_update`, the one moment for which it must be paused.
+The price is one host copy of the weights, which is kept: fresh memory for every update would cost as much as the copy.
 
 Both sides of vLLM's transfer API (0.32): the worker's engine and the trainer's. One process group of the trainer's
 sender (rank 0) and every worker of every engine; one broadcast per tensor, as raw bytes.
@@ -10,17 +11,19 @@ sender (rank 0) and every worker of every engine; one broadcast per tensor, as r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
+from torch.distributed import ProcessGroupGloo, TCPStore, Work
 from vllm.distributed.weight_transfer import base
 
 BACKEND = "gloo"
+MAX_IN_FLIGHT = 4
 
 
 def register_backend() -> None:
@@ -46,11 +49,14 @@ class GlooInitInfo(base.WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(base.WeightTransferUpdateInfo):
-    """What one transfer brings, in order."""
+    """What one transfer brings, in order; no names: wait until what was announced before is here."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+
+
+ALL_RECEIVED = GlooUpdateInfo([], [], [])
 
 
 @dataclass
@@ -74,7 +80,10 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._group: ProcessGroupGloo | None = None
-        self._staged: list[tuple[str, torch.Tensor]] = []
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._receiver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gloo weight transfer")
+        self._receiving: Future[list[str]] | None = None
+        self._received: list[str] = []
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group, leaving any earlier one."""
@@ -85,35 +94,51 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Forget what a failed update may have left."""
-        self._staged = []
+        self._receiving, self._received = None, []
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive every tensor into host memory; RuntimeError when the trainer does not deliver in time."""
-        if self._group is None:
-            raise RuntimeError("gloo weight transfer: no trainer connected; call init_weight_transfer_engine first")
-        try:
-            for name, dtype_name, shape in zip(
-                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-            ):
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype_name), device="cpu")
-                self._group.broadcast(_as_bytes(tensor), 0).wait()
-                self._staged.append((name, tensor))
-        except BaseException:
-            self._staged = []
-            self.shutdown()
-            raise
+        """Begin to receive into host memory while the old weights are served; without names wait for the end of that.
+
+        RuntimeError when no trainer is connected or it does not deliver in time.
+        """
+        if update_info.names:
+            if self._group is None:
+                raise RuntimeError("gloo weight transfer: no trainer connected; call init_weight_transfer_engine first")
+            self._receiving = self._receiver.submit(self._receive, self._group, update_info)
+        elif self._receiving is not None:
+            receiving, self._receiving = self._receiving, None
+            self._received = receiving.result()
 
     def finish_weight_update(self) -> None:
         """Load what was received; RuntimeError when nothing was."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        if not self._staged:
+        if not self._received:
             raise RuntimeError("gloo weight transfer: nothing was received, the model is unchanged")
-        staged, self._staged = self._staged, []
+        names, self._received = self._received, []
         initialize_layerwise_reload(self.model)
-        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in staged)
+        self.model.load_weights((name, self._buffers[name].to(self.device)) for name in names)
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_head(self.model)
+
+    def _receive(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> list[str]:
+        """Fill the buffers; returns the names of those filled."""
+        try:
+            with _InFlight() as in_flight:
+                for name, dtype_name, shape in zip(
+                    update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+                ):
+                    in_flight.add(group.broadcast(_as_bytes(self._buffer(name, dtype_name, shape)), 0))
+        except BaseException:
+            self.shutdown()
+            raise
+        return update_info.names
+
+    def _buffer(self, name: str, dtype_name: str, shape: list[int]) -> torch.Tensor:
+        dtype, found = getattr(torch, dtype_name), self._buffers.get(name)
+        if found is None or found.dtype != dtype or list(found.shape) != shape:
+            found = self._buffers[name] = torch.empty(shape, dtype=dtype, device="cpu")
+        return found
 
     def shutdown(self) -> None:
         """Leave the trainer's group."""
@@ -155,7 +180,7 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         return cls(client=client, source=source, group=group)
 
     def send_weights(self) -> None:
-        """One full update of every engine: start, broadcast while the workers receive, finish."""
+        """One full update of every engine: announce, broadcast while they go on sampling, load."""
         assert self.source is not None
         declared = self.source.metadata()
         update_info = GlooUpdateInfo(
@@ -164,16 +189,15 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             [list(item.shape) for item in declared],
         )
         self.client.start_weight_update()
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            received = pool.submit(self.client.update_weights, asdict(update_info))
-            try:
-                self._send(declared)
-            except BaseException as error:
-                self.shutdown()
-                if isinstance(error, RuntimeError):
-                    received.result()  # a broken group is the symptom; an engine's own message says more
-                raise
-            received.result()
+        self.client.update_weights(asdict(update_info))
+        try:
+            self._send(declared)
+        except BaseException as error:
+            self.shutdown()
+            if isinstance(error, RuntimeError):
+                self.client.update_weights(asdict(ALL_RECEIVED))  # an engine's own message says more
+            raise
+        self.client.update_weights(asdict(ALL_RECEIVED))
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
@@ -183,13 +207,34 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     def _send(self, declared: Sequence[base.ParamMeta]) -> None:
         assert self.source is not None
         assert self._group is not None
-        for expected, (name, tensor) in zip(declared, self.source, strict=True):
-            if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, tuple(expected.shape)):
-                raise ValueError(
-                    f"weights: {name} {tensor.dtype} {tuple(tensor.shape)} where metadata() announced "
-                    f"{expected.name} {expected.dtype} {tuple(expected.shape)}"
-                )
-            self._group.broadcast(_as_bytes(tensor.detach().to("cpu").contiguous()), 0).wait()
+        with _InFlight() as in_flight:
+            for expected, (name, tensor) in zip(declared, self.source, strict=True):
+                if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, tuple(expected.shape)):
+                    raise ValueError(
+                        f"weights: {name} {tensor.dtype} {tuple(tensor.shape)} where metadata() announced "
+                        f"{expected.name} {expected.dtype} {tuple(expected.shape)}"
+                    )
+                in_flight.add(self._group.broadcast(_as_bytes(tensor.detach().to("cpu").contiguous()), 0))
+
+
+class _InFlight:
+    """Broadcasts under way, a few at a time, so that the next tensor is made ready while the last ones travel."""
+
+    def __init__(self) -> None:
+        self._works: deque[Work] = deque()
+
+    def add(self, work: Work) -> None:
+        """Count one more in; RuntimeError of an earlier one that failed."""
+        self._works.append(work)
+        if len(self._works) > MAX_IN_FLIGHT:
+            self._works.popleft().wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        while self._works and kind is None:
+            self._works.popleft().wait()
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
