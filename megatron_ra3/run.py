@@ -19,7 +19,7 @@ from typing import Any, Self
 from megatron_ra3.annotated import AnnotatedStore
 from megatron_ra3.assembly import assemble
 from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest
-from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.config import RunConfig
 from megatron_ra3.corpus.stream import ShardStream
 from megatron_ra3.corpus.tokenized import SnippetTokenizer
 from megatron_ra3.deadline import Deadline
@@ -37,6 +37,7 @@ from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
+from megatron_ra3.settings import to_dict
 from megatron_ra3.stall import ACTIVITY
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
