@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 def _midtrain(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from megatron_ra3.em import midtrain
-    from megatron_ra3.run import StopRequestedError
+    from megatron_ra3.lifecycle import StopRequestedError
 
     try:
         midtrain(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ra3.presets import ObjectiveConfig
-from megatron_ra3.settings import from_tree, read_tree
+from megatron_ra3.settings import build, read_settings
 from megatron_ra3.validation import validate
 
 
@@ -339,7 +339,7 @@ class RunConfig(TrainerConfig):
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings of a mid-training run, see `settings.read_tree` and `settings.from_tree`; ValueError: they clash."""
-    config = from_tree(RunConfig, read_tree(path, overrides))
+    """The settings of a mid-training run, see `settings.read_settings` and `settings.build`; ValueError: they clash."""
+    config = build(RunConfig, read_settings(path, overrides))
     validate(config)
     return config

@@ -16,12 +16,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from megatron_ra3.presets import ObjectiveConfig, with_preset
-
 SettingsT = TypeVar("SettingsT")
 
 
-def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file as nested dicts, with `section.key=value` overrides (values parsed as YAML) over it.
 
     Raises:
@@ -43,7 +41,7 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
     return tree
 
 
-def from_tree(cls: type[SettingsT], tree: Mapping[str, Any]) -> SettingsT:
+def build(cls: type[SettingsT], tree: Mapping[str, Any]) -> SettingsT:
     """An instance of the dataclass `cls`; ValueError: unknown key (nearest known name given) or wrong type."""
     settings: SettingsT = _build(cls, tree, "", cls)
     return settings
@@ -97,7 +95,8 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, root: type) -> Any:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{dotted}: is a section with keys of its own, got {value!r}")
-            settings = with_preset(value) if hint is ObjectiveConfig else value
+            expand = getattr(hint, "with_preset", dict)  # a section may say where its other settings start from
+            settings = expand(value)
             arguments[key] = _build(hint, settings, f"{dotted}.", root)  # type: ignore[arg-type]
         else:
             arguments[key] = _convert(dotted, hint, value)
