@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 SHOWN = {
     "loss": "9.4f",
     "reward": "8.4f",
+    "pass_rate": "6.4f",
+    "zero_advantage_groups": "4.0f",
+    "truncated": "6.4f",
+    "entropy": "6.4f",
+    "kl": "8.1e",
     "nats_per_code_token": "7.4f",
     "think_rate": "6.3f",
     "rationale_tokens": "5.1f",
