@@ -22,10 +22,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).parent
-CONTROL = HERE.parent / "positive_control"
-sys.path.insert(0, str(CONTROL))
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "positive_control"))
 from commands import RA3, call, call_once
 from results import cost, tokens_per_program
 from tasks import TaskConfig, write_tasks
@@ -34,6 +32,8 @@ from megatron_ra3.report.experiments import Column, Record, markdown, over_seeds
 from megatron_ra3.report.plots import Panel, draw
 from megatron_ra3.report.summary import read_metrics
 
+HERE = Path(__file__).parent
+CONTROL = HERE.parent / "positive_control"
 CONFIG = HERE / "run.yaml"
 STARTS = {"ra3": "RA3", "ntp_comments": "NTP with comments", "base": "base", "ntp": "NTP"}
 LAST = 5
