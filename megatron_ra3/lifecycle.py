@@ -121,11 +121,11 @@ class DurableRun(Generic[ConfigT]):
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._close()
         self.checkpoints.abandon()
         if self._engine is not None:
             self._engine.close()
         self.metrics.close()
-        self._close()
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
         parallel.destroy()
@@ -322,7 +322,7 @@ class DurableRun(Generic[ConfigT]):
         raise NotImplementedError
 
     def _close(self) -> None:
-        """Close what the run has opened beyond the engine and the logs."""
+        """Close what the run has opened beyond the engine and the logs; the engine is still there."""
         raise NotImplementedError
 
     def _consume(self, ids: Iterable[str]) -> None:

@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 CONTROL = HERE.parent / "positive_control"
 CONFIG = HERE / "run.yaml"
 STARTS = {"ra3": "RA3", "ntp_comments": "NTP with comments", "base": "base", "ntp": "NTP"}
-LAST = 5
+LAST = 4
 """Evaluations at the end of a run whose mean is its asymptote."""
 HIGH = 0.95
 TASKS = {"train": 2048, "heldout": 200}
