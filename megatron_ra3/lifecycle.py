@@ -224,7 +224,7 @@ class DurableRun(Generic[ConfigT]):
         found = self.detector.found if self.detector is not None else []
         summary = {
             "steps": self.progress.total_steps,
-            "mstep_tokens": self.progress.mstep_tokens,
+            **self._summary(),
             **self._last,
             "signatures": self.layout.gather_from_ranks(found)[0],
         }
@@ -320,6 +320,10 @@ class DurableRun(Generic[ConfigT]):
     def _step_figures(self) -> dict[str, float]:
         """Metrics of every step, whatever its phase; collective over all ranks."""
         raise NotImplementedError
+
+    def _summary(self) -> dict[str, Any]:
+        """What the run's summary says beside the last metrics of every phase."""
+        return {}
 
     def _close(self) -> None:
         """Close what the run has opened beyond the engine and the logs; the engine is still there."""

@@ -20,7 +20,7 @@ from megatron_ra3.policy_step import Group, PolicyStep
 from megatron_ra3.report.metrics import global_means
 from megatron_ra3.rlvr_config import RlvrRunConfig, TaskFileConfig
 from megatron_ra3.rollout.answers import Answer, AnswerSampler, Posed, prompt_ids
-from megatron_ra3.rollout.engine import refuse_other_weights
+from megatron_ra3.rollout.engine import Engine, refuse_other_weights
 from megatron_ra3.schedule import rlvr_phases
 from megatron_ra3.task_order import TaskOrder
 
@@ -103,6 +103,7 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
             config.parallel.micro_batch_tokens,
             Reference(assembly.trainer, assembly.initial_folder) if config.rlvr.reference_kl else None,
         )
+        self._sampler: AnswerSampler | None = None
         self._judge = _open_judge(config, layout)
 
     # Tasks
@@ -129,19 +130,8 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
         EngineError when something was sampled with other weights than the current ones.
         """
         assert self._engine is not None, "sync_engine comes first"
-        settings, served = self.config.rlvr, self._engine
-
-        def draw() -> list[list[Answer]]:
-            sampler = AnswerSampler(
-                served.engine,
-                self.assembly.tokenizer,
-                self.format,
-                max_tokens=settings.max_answer_tokens,
-                check_tokens=settings.check_tokens,
-            )
-            return sampler.sample(posed, count)
-
-        groups = served.lead(draw)
+        served = self._engine
+        groups = served.lead(lambda: self._open_sampler(served.engine).sample(posed, count))
         refuse_other_weights(
             (version for group in groups for answer in group for version in answer.weight_versions),
             self.progress.weight_version,
@@ -235,6 +225,18 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
     def _close(self) -> None:
         if self._judge is not None:
             self._judge.close()
+
+    def _open_sampler(self, engine: Engine) -> AnswerSampler:
+        if self._sampler is None:
+            settings = self.config.rlvr
+            self._sampler = AnswerSampler(
+                engine,
+                self.assembly.tokenizer,
+                self.format,
+                max_tokens=settings.max_answer_tokens,
+                check_tokens=settings.check_tokens,
+            )
+        return self._sampler
 
     def _pose(self, found: Problems, config: TaskFileConfig, draw: str) -> list[Posed]:
         """Problems with prompts that fit; ValueError where none does."""

@@ -151,6 +151,9 @@ class Run(DurableRun[RunConfig]):
             "stream_position": self.train.cursor.position,
         }
 
+    def _summary(self) -> dict[str, Any]:
+        return {"mstep_tokens": self.progress.mstep_tokens}
+
     def _close(self) -> None:
         self.train.close()
         self.heldout.close()

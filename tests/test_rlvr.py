@@ -144,9 +144,8 @@ def test_a_run_trains_evaluates_and_exports(whole):
     assert summary["evaluate"]["pass_rate"] == metrics[-1]["pass_rate"]
 
 
-@pytest.mark.parametrize("stops", [(3,), (1, 4)])
-def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path, stops):
-    for steps in stops:
+def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path):
+    for steps in (1, 3):
         with pytest.raises(StopRequestedError):
             rlvr(_config(world, tmp_path / "run", f"checkpoint.stop_after_steps={steps}"))
     rlvr(_config(world, tmp_path / "run"))

@@ -86,7 +86,7 @@ def write_tasks(folder: Path, config: TaskConfig, *, train: int, heldout: int, s
     wanted = {"train": train, "heldout": heldout}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     seen: set[Structure] = set()
-    for _ in range(1000 * (train + heldout)):
+    for _ in range(100 * (train + heldout)):
         if all(len(found[name]) == count for name, count in wanted.items()):
             break
         structure = _structure(config, draw)

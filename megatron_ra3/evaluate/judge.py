@@ -16,7 +16,10 @@ from megatron_ra3.evaluate.plus import PlusReferences
 from megatron_ra3.evaluate.problems import Problem
 from megatron_ra3.evaluate.prompts import extract_program
 from megatron_ra3.evaluate.sandbox import Sandbox, Verdict
+from megatron_ra3.evaluate.tasks import Task
+from megatron_ra3.evaluate.worker import JailError
 from megatron_ra3.rlvr_config import JailConfig
+from megatron_ra3.stall import ACTIVITY
 
 NO_CODE = Verdict(outcome="fail", reason="no code")
 
@@ -49,14 +52,21 @@ class Judge:
             for item, program in zip(attempts, programs, strict=True)
             if program is not None
         }
-        judged = self._sandbox.map(
-            lambda entry: grade(self._sandbox, entry[1], entry[0][1], self._references), wanted.items()
-        )
-        found = dict(zip(wanted, judged, strict=True))
+        judged = self._sandbox.map(lambda entry: self._grade(entry[1], entry[0][1]), wanted.items())
+        found: dict[tuple[str, str], Verdict] = {}
+        for key, verdict in zip(wanted, judged, strict=True):
+            ACTIVITY.moved("judging answers")
+            found[key] = verdict
         return [
             NO_CODE if program is None else found[item.problem.task.task_id, program]
             for item, program in zip(attempts, programs, strict=True)
         ]
+
+    def _grade(self, task: Task, program: str) -> Verdict:
+        try:
+            return grade(self._sandbox, task, program, self._references)
+        except JailError as error:  # while a reference ran
+            return Verdict(outcome="infrastructure", reason="jail", detail=str(error))
 
 
 def reward(verdict: Verdict) -> float | None:
