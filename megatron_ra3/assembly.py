@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_ra3.config import RunConfig
+from megatron_ra3.config import TrainerConfig
 from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_ra3.kernels import Precision
 from megatron_ra3.kernels.tuning import tuning
@@ -29,7 +29,7 @@ ORIGIN = "origin.json"
 class Assembly:
     """What a run computes with. `initial_folder` is the Hugging Face folder the weights came from."""
 
-    config: RunConfig
+    config: TrainerConfig
     layout: parallel.ParallelLayout
     tokenizer: CodeTokenizer
     format: LatentFormat
@@ -43,7 +43,7 @@ class Assembly:
         self.trainer.optimizer = _optimizer(self.config, self.model)
 
 
-def assemble(config: RunConfig) -> Assembly:
+def assemble(config: TrainerConfig) -> Assembly:
     """Join the process group and build the model; collective over all ranks.
 
     ValueError, OSError: a setting that does not fit the model, the tokenizer or the number of ranks, or a broken table
@@ -85,12 +85,12 @@ def assemble(config: RunConfig) -> Assembly:
     )
 
 
-def precision_of(config: RunConfig, given: Precision | Literal["auto"]) -> Precision:
+def precision_of(config: TrainerConfig, given: Precision | Literal["auto"]) -> Precision:
     """A precision of the output layer as set, `auto` resolved."""
     return config.model.dtype if given == "auto" else given
 
 
-def _optimizer(config: RunConfig, model: RA3Model) -> Any:
+def _optimizer(config: TrainerConfig, model: RA3Model) -> Any:
     settings = config.optimizer
     return build_optimizer(
         model,
@@ -103,22 +103,22 @@ def _optimizer(config: RunConfig, model: RA3Model) -> Any:
     )
 
 
-def _load_tokenizer(config: RunConfig) -> CodeTokenizer:
+def _load_tokenizer(config: TrainerConfig) -> CodeTokenizer:
     """Load the tokenizer; a pretrained model must not be trained on the ids of another one."""
     try:
         tokenizer = load_tokenizer(config.tokenizer_folder)
     except (ValueError, OSError) as error:
-        raise ValueError(f"corpus.tokenizer={config.corpus.tokenizer!r}: {error}") from error
+        raise ValueError(f"the tokenizer (corpus.tokenizer, else the model's): {error}") from error
     own = tokenizer_fingerprint(Path(config.model.folder))
     if config.model.init == "pretrained" and own not in ("", tokenizer.fingerprint):
         raise ValueError(
-            f"corpus.tokenizer={config.corpus.tokenizer} is not the tokenizer of model.folder={config.model.folder} "
+            f"corpus.tokenizer={config.tokenizer_folder} is not the tokenizer of model.folder={config.model.folder} "
             "(their tokenizer.json differ): leave corpus.tokenizer empty to use the model's"
         )
     return tokenizer
 
 
-def _read_model_config(config: RunConfig) -> dict[str, Any]:
+def _read_model_config(config: TrainerConfig) -> dict[str, Any]:
     path = Path(config.model.folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"model.folder={path.parent}: has no config.json; give a Hugging Face folder")
@@ -132,7 +132,7 @@ def _read_model_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _initial_folder(
-    config: RunConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], tokenizer: CodeTokenizer
+    config: TrainerConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], tokenizer: CodeTokenizer
 ) -> Path:
     """The folder the weights come from; rank 0 draws random ones, and its failure is raised on all ranks."""
     if config.model.init == "pretrained":
@@ -181,7 +181,7 @@ def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
 
 
 def _check_model(
-    config: RunConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], vocab_size: int
+    config: TrainerConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], vocab_size: int
 ) -> None:
     try:
         check_config(hf_config, layout)
@@ -192,36 +192,26 @@ def _check_model(
             f"tokenizer {config.tokenizer_folder} has {vocab_size} tokens but model.folder={config.model.folder} "
             f"embeds {hf_config['vocab_size']}: give the tokenizer of that model"
         )
-    longest = hf_config["max_position_embeddings"]
-    if longest < config.max_sequence_tokens:
-        fits = longest * config.corpus.max_snippet_tokens // config.max_sequence_tokens
-        raise ValueError(
-            f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}: with rationales a trajectory may take "
-            f"{config.max_sequence_tokens} tokens but the model has {longest} positions; lower it to {fits}"
-        )
+    positions = hf_config["max_position_embeddings"]
+    if positions < config.max_sequence_tokens:
+        raise ValueError(config.fitting(positions))
 
 
-def _check_batch_sizes(config: RunConfig, layout: parallel.ParallelLayout) -> None:
-    sizes = {
-        "warmup.snippets_per_step": config.warmup.snippets_per_step,
-        "estep.snippets_per_step": config.estep.snippets_per_step,
-        "mstep.snippets_per_step": config.mstep.snippets_per_step,
-        "evaluate.snippets": config.evaluate.snippets,
-    }
-    for key, value in sizes.items():
+def _check_batch_sizes(config: TrainerConfig, layout: parallel.ParallelLayout) -> None:
+    for key, value in config.shared_counts.items():
         if value < layout.dp_size:
             raise ValueError(f"{key}={value}: must be at least the {layout.dp_size} data-parallel replicas")
 
 
-def _check_engines(config: RunConfig, layout: parallel.ParallelLayout) -> None:
+def _check_engines(config: TrainerConfig, layout: parallel.ParallelLayout) -> None:
     """Refuse servers that the replicas could not share or reach; collective over all ranks."""
     engine, replicas = config.engine, layout.dp_size
-    if not config.em.rounds or config.objective.gate == "never" or engine.resolved_kind != "vllm":
+    if not config.samples or engine.resolved_kind != "vllm":
         return
     if torch.cuda.is_available() and not engine.urls and (replicas > 1 or engine.memory_fraction > 0.5):
         raise ValueError(
             "engine.urls is empty: servers started by the trainers would share the trainers' GPUs; start them on GPUs "
-            "of their own (ra3 serve, or slurm/ra3_midtrain.sbatch) and name them in engine.urls, or with a single "
+            "of their own (ra3 serve, or the scripts in slurm/) and name them in engine.urls, or with a single "
             "replica set engine.memory_fraction to at most 0.5"
         )
     if replicas == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +33,15 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def pad(trajectories: Sequence[Trajectory]) -> Tensor:
+class TokenSequence(Protocol):
+    """Anything that is scored token by token."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All of it, whatever precedes what is scored included."""
+
+
+def pad(trajectories: Sequence[TokenSequence]) -> Tensor:
     """Token ids [b, s], right-padded with 0: under a causal mask padding cannot reach what is scored."""
     width = max(len(item.token_ids) for item in trajectories)
     tokens = torch.zeros(len(trajectories), width, dtype=torch.int64)
@@ -116,7 +125,7 @@ class LatentBatch:
             groups += [pairs.lines, pairs.openings]
         self.format = latent_format
         rewarded = sum(map(len, groups[2:]))
-        self.micro_batch = _micro_batch(tokens, [pair for group in groups for pair in group], rewarded)
+        self.micro_batch = micro_batch(tokens, [pair for group in groups for pair in group], rewarded)
         self.num_lines = line_base
         self.thought = torch.tensor([flag for item in trajectories for flag in item.thought])
         self.well_formed = torch.tensor([flag for item in trajectories for flag in item.well_formed])
@@ -163,7 +172,7 @@ class FinalLineBatch:
             owner.extend([row] * len(final))
             if latent_format.conditions_line:
                 openings.append((first, latent_format.gate_ids[0]))
-        self.micro_batch = _micro_batch(tokens, lines + openings, len(lines) + len(openings))
+        self.micro_batch = micro_batch(tokens, lines + openings, len(lines) + len(openings))
         self._owner = torch.tensor(owner)
         self._count = len(trajectories)
 
@@ -198,11 +207,12 @@ class TokenBatch:
                     ends_line = kind == Kind.GATE and segment != previous and bool(latent_format.gate_prefix)
                     is_code.append(kind == Kind.LINE or ends_line)
                 previous = segment
-        self.micro_batch = _micro_batch(tokens, targets)
+        self.micro_batch = micro_batch(tokens, targets)
         self.is_code = torch.tensor(is_code)
         self.weights = torch.where(self.is_code, 1.0, latent_weight)
 
 
-def _micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]], rewarded: int = 0) -> MicroBatch:
+def micro_batch(tokens: Tensor, pairs: Sequence[tuple[int, int]], rewarded: int = 0) -> MicroBatch:
+    """Padded sequences [b, s] and their (flat row, target) pairs, the last `rewarded` of them for rewards alone."""
     flat = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return MicroBatch(tokens, flat[:, 0].contiguous(), flat[:, 1].contiguous(), rewarded)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.config import RunConfig, TrainerConfig
 from megatron_ra3.durable import sync
 from megatron_ra3.manifest import (
     FORMAT_VERSION,
@@ -37,6 +37,7 @@ from megatron_ra3.manifest import (
     write_manifest,
 )
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.settings import to_dict
 
 FREE_TO_CHANGE = (
     "engine.",
@@ -59,14 +60,22 @@ FREE_TO_CHANGE = (
     "corpus.cache_folder",
     "model.folder",
     "evaluate.samples_shown",
+    "tasks.file",
+    "heldout.file",
+    "jail.",
     "em.rounds",
+    "rlvr.steps",
 )
 """Settings (prefixes) that a resumed run may change: they alter neither data nor state, beyond the order of rounding.
 
-Of the folders, the content is compared instead, and `model.folder` itself where its weights are read again
-(`em.restart_from_base`, the reference policy). `em.rounds` may only grow, see `check_compatible`.
+Of folders and task files, the content is compared instead, and `model.folder` itself where its weights are read again
+(`em.restart_from_base`, the reference policy). What is in `MAY_GROW` may only grow, see `check_compatible`.
 The layout and `parallel.micro_batch_tokens` change the order of sums, hence the last bits.
 """
+
+
+MAY_GROW = ("em.rounds", "rlvr.steps")
+"""Settings that say how long a run is: a resumed one may be made longer."""
 
 
 class StagedState(Protocol):
@@ -286,18 +295,23 @@ class Checkpoints:
             ) from failure
 
 
-def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_compatible(
+    checkpoint: Path,
+    manifest: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    kind: type[TrainerConfig] = RunConfig,
+) -> None:
     """Refuse a checkpoint whose model, corpus, tokenizer or settings differ; ValueError lists every difference.
 
-    `em.rounds` may grow, which adds phases at the end; from 0, or back, it changes those that are done. A setting that
-    is younger than the checkpoint counts as its default, which must leave things as they were without it.
+    `MAY_GROW` may grow, which adds phases at the end; from 0, or back, it changes those that are done. A setting of
+    `kind` that is younger than the checkpoint counts as its default, which must leave things as they were without it.
     """
     differences = [
         f"{key}: {manifest.get(key)} in the checkpoint, {expected[key]} now"
         for key in ("model", "corpus", "tokenizer")
         if manifest.get(key) != expected[key]
     ]
-    saved = _flat(to_dict(RunConfig())) | _flat(manifest["config"])
+    saved = _flat(to_dict(kind())) | _flat(manifest["config"])
     current = _flat(expected["config"])
     rereads = any(_reads_initial_weights(settings) for settings in (saved, current))
     compared = {"model.folder"} if rereads else set()
@@ -306,14 +320,15 @@ def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Ma
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key) and (key in compared or not key.startswith(FREE_TO_CHANGE))
     ]
-    before, now = saved["em.rounds"], current["em.rounds"]
-    if now < before:
-        differences.append(f"em.rounds: {before} in the checkpoint, {now} now; a resumed run may only add rounds")
-    elif now > before == 0:
-        differences.append(
-            f"em.rounds 0 -> {now} changes the phases: give the new run a run_folder of its own and start it from this "
-            "run's export"
-        )
+    for key in MAY_GROW:
+        before, now = saved.get(key, 0), current.get(key, 0)
+        if now < before:
+            differences.append(f"{key}: {before} in the checkpoint, {now} now; a resumed run may only be made longer")
+        elif now > before == 0:
+            differences.append(
+                f"{key} 0 -> {now} changes the phases: give the new run a run_folder of its own and start it from this "
+                "run's export"
+            )
     if differences:
         raise ValueError(
             f"checkpoint {checkpoint} belongs to another run:\n  "
@@ -322,7 +337,9 @@ def check_compatible(checkpoint: Path, manifest: Mapping[str, Any], expected: Ma
         )
 
 
-def identity(config: RunConfig, layout: ParallelLayout, *, model: str, corpus: str, tokenizer: str) -> dict[str, Any]:
+def identity(
+    config: TrainerConfig, layout: ParallelLayout, *, model: str, corpus: str, tokenizer: str
+) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it, and the layout it was saved by.
 
     `model` comes from `model_digest`; `corpus` and `tokenizer` are fingerprints of their content.
@@ -345,11 +362,8 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _reads_initial_weights(settings: Mapping[str, Any]) -> bool:
-    return bool(
-        settings["em.restart_from_base"]
-        or settings["objective.reference_kl"]
-        or settings["objective.latent_cost"] == "sticky_kl"
-    )
+    weights = ("em.restart_from_base", "objective.reference_kl", "rlvr.reference_kl")
+    return any(settings.get(key) for key in weights) or settings.get("objective.latent_cost") == "sticky_kl"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ra3 import __version__
 from megatron_ra3.config import load_config
+from megatron_ra3.rlvr_config import load_any_config, load_rlvr_config
 from megatron_ra3.rollout.engine import EngineError
 
 STOPPED = 75
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("midtrain", _midtrain, "run or resume mid-training (under torchrun or srun for several ranks)"),
+        ("rlvr", _rlvr, "run or resume RLVR on programming tasks (under torchrun or srun for several ranks)"),
         ("serve", _serve, "serve the model to trainers on this node"),
     ):
         command = commands.add_parser(name, help=text)
@@ -119,10 +121,23 @@ def _parser() -> argparse.ArgumentParser:
 def _midtrain(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from megatron_ra3.em import midtrain
-    from megatron_ra3.run import StopRequestedError
+
+    return _until_stopped(lambda: midtrain(config))
+
+
+def _rlvr(arguments: argparse.Namespace) -> int:
+    config = load_rlvr_config(arguments.config, arguments.overrides)
+    from megatron_ra3.rlvr import rlvr
+
+    return _until_stopped(lambda: rlvr(config))
+
+
+def _until_stopped(train: Callable[[], object]) -> int:
+    """Exit status of a run that may save and leave before its end."""
+    from megatron_ra3.lifecycle import StopRequestedError
 
     try:
-        midtrain(config)
+        train()
     except StopRequestedError as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end the other ranks when the first one leaves
         if os.environ.get("RANK", "0") == "0":
@@ -132,14 +147,14 @@ def _midtrain(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_any_config(arguments.config, arguments.overrides)
     from megatron_ra3.rollout.fleet import serve
 
     return serve(config)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_any_config(arguments.config, arguments.overrides)
     from megatron_ra3.convert import export_checkpoint
 
     print(f"exported {export_checkpoint(config, arguments.out)} to {arguments.out}")

@@ -1,24 +1,19 @@
-"""Configuration: frozen dataclasses, one YAML file, `key=value` overrides, and nothing else.
+"""The settings of mid-training, and those that every kind of run shares; each states its unit and source.
 
-Unknown keys fail with the nearest known name, values are checked against their types, and settings that clash name
-both keys and the fix, before a single process group or engine is started. Imports neither torch nor numpy.
+Settings that clash name both keys and the fix, before a single process group or engine is started. Imports neither
+torch nor numpy.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-import yaml
-
-from megatron_ra3.presets import ObjectiveConfig, with_preset
+from megatron_ra3.presets import ObjectiveConfig
+from megatron_ra3.settings import build, read_settings
 from megatron_ra3.validation import validate
 
 
@@ -249,8 +244,8 @@ class SignatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything of one run. Section docstrings state units and sources."""
+class TrainerConfig:
+    """What every kind of run needs: a place, a model, ranks, an optimizer, an engine, checkpoints."""
 
     run_folder: str = ""
     """Checkpoints, metrics, samples and logs of this run."""
@@ -258,21 +253,51 @@ class RunConfig:
     stall_timeout_s: float = 900.0
     """If positive: where no rank moves for so long, all write their stacks and end with status 76, to be started again
     (docs/durability.md). Keep it below `parallel.timeout_s`, after which a collective fails without telling why."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies."""
+        return Path(self.model.folder)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that the trainer scores or an engine continues."""
+        raise NotImplementedError
+
+    @property
+    def samples(self) -> bool:
+        """Whether an engine is needed."""
+        return True
+
+    @property
+    def shared_counts(self) -> dict[str, int]:
+        """Settings that count what the data-parallel replicas share: none may get nothing."""
+        raise NotImplementedError
+
+    def fitting(self, positions: int) -> str:
+        """What to change, and why, where the model has only so many positions."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainerConfig):
+    """Everything of a mid-training run."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     warmup: NextTokenConfig = field(default_factory=NextTokenConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     estep: EStepConfig = field(default_factory=EStepConfig)
     mstep: NextTokenConfig = field(default_factory=lambda: NextTokenConfig(steps=50))
     em: EmConfig = field(default_factory=EmConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     signatures: SignatureConfig = field(default_factory=SignatureConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -288,117 +313,33 @@ class RunConfig:
         """Room of a trajectory: a whole snippet, as many tokens again for rationales, and for gates inside lines."""
         return (3 if self.objective.granularity == "token" else 2) * self.corpus.max_snippet_tokens
 
+    @property
+    def samples(self) -> bool:
+        """Whether an engine is needed: some objectives have no latent to sample."""
+        return self.em.rounds > 0 and self.objective.gate != "never"
+
+    @property
+    def shared_counts(self) -> dict[str, int]:
+        """Settings that count what the data-parallel replicas share: none may get nothing."""
+        return {
+            "warmup.snippets_per_step": self.warmup.snippets_per_step,
+            "estep.snippets_per_step": self.estep.snippets_per_step,
+            "mstep.snippets_per_step": self.mstep.snippets_per_step,
+            "evaluate.snippets": self.evaluate.snippets,
+        }
+
+    def fitting(self, positions: int) -> str:
+        """What to change, and why, where the model has only so many positions."""
+        longest = self.corpus.max_snippet_tokens
+        return (
+            f"corpus.max_snippet_tokens={longest}: with rationales a trajectory may take {self.max_sequence_tokens} "
+            f"tokens but the model has {positions} positions; lower it to "
+            f"{positions * longest // self.max_sequence_tokens}"
+        )
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `section.key=value` overrides (values parsed as YAML), validate.
-
-    Raises:
-        ValueError: broken YAML (place given), unknown key (nearest known name given), wrong type, or clashing settings.
-        FileNotFoundError: no such file.
-    """
-    tree: Any = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"config file {path} does not exist")
-        tree = _parse(Path(path).read_bytes(), f"config file {path}") or {}
-        if not isinstance(tree, dict):
-            raise ValueError(f"config file {path}: must be a mapping of sections, got {type(tree).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}: write it as key=value, for instance objective.penalty=0.05")
-        _set(tree, key.strip(), _parse(value, f"override {override!r}"))
-    config = _build(RunConfig, tree, "")
+    """The settings of a mid-training run, see `settings.read_settings` and `settings.build`; ValueError: they clash."""
+    config = build(RunConfig, read_settings(path, overrides))
     validate(config)
     return config
-
-
-def to_dict(config: object) -> dict[str, Any]:
-    """Nested plain dict of a config dataclass."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
-
-
-def known_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key, depth first."""
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from known_keys(hints[item.name], f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    """Read YAML; ValueError with `where` and, if known, the line and column of the mistake."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{where}{place}: is not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # undecodable bytes, or a date that does not exist
-        raise ValueError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, leaf = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"override {dotted}: {section!r} is a value, not a section")
-    tree[leaf] = value
-
-
-def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    names = {item.name for item in dataclasses.fields(cls)}
-    arguments: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in names:
-            raise ValueError(_unknown_key(dotted))
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ValueError(f"{dotted}: is a section with keys of its own, got {value!r}")
-            settings = with_preset(value) if hint is ObjectiveConfig else value
-            arguments[key] = _build(hint, settings, f"{dotted}.")  # type: ignore[arg-type]
-        else:
-            arguments[key] = _convert(dotted, hint, value)
-    return cls(**arguments)
-
-
-def _unknown_key(dotted: str) -> str:
-    keys = list(known_keys())
-    leaf = dotted.rpartition(".")[2]
-    near = difflib.get_close_matches(dotted, keys, n=1) or [
-        key for key in keys for match in difflib.get_close_matches(leaf, [key.rpartition(".")[2]], n=1) if match
-    ]
-    hint = f"; did you mean {near[0]!r}?" if near else f"; sections are {sorted({k.split('.')[0] for k in keys})}"
-    return f"unknown config key {dotted!r}{hint}"
-
-
-def _convert(dotted: str, hint: Any, value: Any) -> Any:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{dotted}: must be one of {list(get_args(hint))}, got {value!r}")
-        return value
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{dotted}: must be a list, got {value!r}")
-        return tuple(_convert(dotted, get_args(hint)[0], item) for item in value)
-    assert get_origin(hint) not in (Union, UnionType), f"{dotted}: optional settings are not supported"
-    if hint is float and isinstance(value, str):
-        value = _number(dotted, value)  # YAML reads 1e-4 as text
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{dotted}: must be of type {hint.__name__}, got {value!r}")
-    return value
-
-
-def _number(dotted: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{dotted}: must be a number, got {text!r}") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ra3.assembly import DTYPES
 from megatron_ra3.checkpoint import model_digest
-from megatron_ra3.config import RunConfig
+from megatron_ra3.config import RunConfig, TrainerConfig
 from megatron_ra3.corpus.tokenizer import tokenizer_fingerprint
 from megatron_ra3.manifest import finished, read_manifest
 from megatron_ra3.model import names, parallel, state
@@ -17,7 +17,7 @@ from megatron_ra3.model.build import build_model
 from megatron_ra3.run import Run
 
 
-def export_checkpoint(config: RunConfig, out: Path) -> Path:
+def export_checkpoint(config: TrainerConfig, out: Path) -> Path:
     """Write the run's newest checkpoint as a Hugging Face folder `out`; returns the checkpoint.
 
     Runs as one process whatever layout wrote the checkpoint, and holds the whole model in memory. Only reads in the run
@@ -56,7 +56,7 @@ def import_checkpoint(config: RunConfig) -> Path:
         return run.save()
 
 
-def _hf_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _hf_config(config: TrainerConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the model that the run trains, whose folder may have moved since the checkpoint."""
     random = manifest["config"]["model"]["init"] == "random"
     folder = Path(config.run_folder) / "initial" if random else Path(config.model.folder)

@@ -311,6 +311,23 @@ class LatentFormat:
                 self.append_act(trajectory, line)
         return trajectory
 
+    def code_ids(self, ids: Sequence[int]) -> list[int]:
+        """`ids` of free text without gates and rationales of the special form; in the newline form all of them.
+
+        There a rationale is a comment, which is code. One that does not close takes everything that follows.
+        """
+        if self.surface == "newline":
+            return list(ids)
+        kept, thinking = [], False
+        for token in ids:
+            if token in self.think_suffix:
+                thinking = True
+            elif token in self.close_ids:
+                thinking = False
+            elif not thinking and token not in self.act_suffix:
+                kept.append(token)
+        return kept
+
     def _append_gate(self, trajectory: Trajectory, *, think: bool, logprob: float | None, weight_version: int) -> None:
         tokens = self.gate_prefix + (self.think_suffix if think else self.act_suffix)
         index = trajectory.num_lines

@@ -74,7 +74,12 @@ class ObjectiveConfig:
     @classmethod
     def of(cls, preset: PresetName, **settings: Any) -> ObjectiveConfig:
         """A preset with some settings changed."""
-        return cls(**with_preset({"preset": preset, **settings}))
+        return cls(**cls.with_preset({"preset": preset, **settings}))
+
+    @staticmethod
+    def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the named preset (default `ra3`) with `settings` over them; unknown names pass unchanged."""
+        return {**PRESETS.get(settings.get("preset", "ra3"), {}), **settings}
 
 
 _WHOLE_SNIPPET: dict[str, Any] = {
@@ -92,8 +97,3 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     "latro": {**_WHOLE_SNIPPET, "reference_kl": 0.05, "line_gradient": 1.0},
 }
 """Settings of each preset that differ from the defaults of `ObjectiveConfig`."""
-
-
-def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the named preset (default `ra3`) with `settings` over them; unknown names pass unchanged."""
-    return {**PRESETS.get(settings.get("preset", "ra3"), {}), **settings}

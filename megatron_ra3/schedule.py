@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatron_ra3.config import NextTokenConfig, RunConfig
+from megatron_ra3.rlvr_config import RlvrRunConfig
 
-PhaseName = Literal["warmup", "estep", "bootstrap", "mstep", "evaluate"]
+PhaseName = Literal["warmup", "estep", "bootstrap", "mstep", "rlvr", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,17 @@ def phases(config: RunConfig) -> list[Phase]:
             yield Phase("evaluate", number, 1)
 
     return [phase for phase in planned() if phase.steps > 0]
+
+
+def rlvr_phases(config: RlvrRunConfig) -> list[Phase]:
+    """All phases of RLVR in order: an evaluation, then rounds of `evaluate.every_steps` steps with one after each."""
+    every = config.evaluate.every_steps
+    if not every:
+        return [Phase("rlvr", 1, config.rlvr.steps)]
+    found = [Phase("evaluate", 0, 1)]
+    for number in range(1, config.rlvr.steps // every + 1):
+        found += [Phase("rlvr", number, every), Phase("evaluate", number, 1)]
+    return found
 
 
 def phase_fraction(config: NextTokenConfig, *, step: int, tokens: int) -> float:

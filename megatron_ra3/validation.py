@@ -6,13 +6,14 @@ Checked before a process group or an engine is started: a mistake shows within a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ra3.presets import ObjectiveConfig
 
 if TYPE_CHECKING:
-    from megatron_ra3.config import RunConfig
+    from megatron_ra3.config import RunConfig, TrainerConfig
 
 
 def is_local(corpus_folder: str) -> bool:
@@ -20,16 +21,36 @@ def is_local(corpus_folder: str) -> bool:
     return "://" not in corpus_folder and not corpus_folder.startswith("pipe:")
 
 
-def validate(config: RunConfig) -> None:
-    """Check ranges and clashes; ValueError names the keys and the fix."""
-    _check_ranges(config)
-    engine, latents = config.engine, config.latents
+def validate_trainer(config: TrainerConfig) -> None:
+    """Check what every kind of run has; ValueError names the keys and the fix."""
+    check_ranges(config, positive=_POSITIVE, not_negative=_NOT_NEGATIVE, fractions=("engine.memory_fraction",))
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0.0 <= _get(config, key) < 1.0:
+            raise ValueError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
+    for key in ("run_folder", "model.folder"):
+        require_path(config, key)
+    engine = config.engine
     for key, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0), ("temperature", 1.0)):
         if getattr(engine, key) != neutral:
             raise ValueError(
                 f"engine.{key}={getattr(engine, key)}: the trainer scores the full law at temperature 1, so engine "
                 f"and trainer log-probs would disagree; set engine.{key}={neutral}"
             )
+    if engine.resolved_kind == "inprocess" and engine.urls:
+        raise ValueError(
+            f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
+            "installed)"
+        )
+    if engine.block_size % 32:
+        raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
+
+
+def validate(config: RunConfig) -> None:
+    """Check ranges and clashes of a mid-training run; ValueError names the keys and the fix."""
+    validate_trainer(config)
+    check_ranges(config, positive=_RUN_POSITIVE, not_negative=_RUN_NOT_NEGATIVE, fractions=_RUN_FRACTIONS)
+    require_path(config, "corpus.folder")
+    latents = config.latents
     if latents.surface == "newline" and latents.comments == "keep_as_code":
         raise ValueError(
             "latents.surface=newline with latents.comments=keep_as_code: a comment kept as code looks like a "
@@ -47,18 +68,37 @@ def validate(config: RunConfig) -> None:
             f"latents.max_rationale_tokens={latents.max_rationale_tokens}: a trajectory has room for {longest} at "
             f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}; lower the former or raise the latter"
         )
-    if engine.resolved_kind == "inprocess" and engine.urls:
-        raise ValueError(
-            f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
-            "installed)"
-        )
-    if engine.block_size % 32:
-        raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
     if config.em.rounds and not config.mstep.steps and not config.estep.steps:
         raise ValueError("em.rounds > 0 but estep.steps=0 and mstep.steps=0; set steps or em.rounds=0")
 
 
 _POSITIVE = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.micro_batch_tokens",
+    "parallel.timeout_s",
+    "engine.max_in_flight",
+    "engine.request_timeout_s",
+    "engine.start_timeout_s",
+    "engine.sync_timeout_s",
+    "engine.tensor_parallel",
+    "engine.cpu_kv_cache_bytes",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "optimizer.eps",
+    "optimizer.clip_grad_norm",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "stall_timeout_s",
+    "optimizer.weight_decay",
+    "checkpoint.stop_after_steps",
+    "checkpoint.keep_every_steps",
+    "checkpoint.wall_clock_limit_s",
+    "checkpoint.stop_before_s",
+    "engine.port",
+)
+_RUN_POSITIVE = (
     "corpus.max_snippet_tokens",
     "corpus.shuffle_shards",
     "corpus.chunk_samples",
@@ -68,31 +108,15 @@ _POSITIVE = (
     "corpus.read_attempts",
     "corpus.stall_s",
     "latents.max_rationale_tokens",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.micro_batch_tokens",
-    "parallel.timeout_s",
     "warmup.snippets_per_step",
     "mstep.snippets_per_step",
     "estep.snippets_per_step",
     "objective.horizon",
     "estep.rollouts_per_snippet",
-    "engine.max_in_flight",
-    "engine.request_timeout_s",
-    "engine.start_timeout_s",
-    "engine.sync_timeout_s",
-    "engine.tensor_parallel",
-    "engine.cpu_kv_cache_bytes",
     "evaluate.snippets",
     "signatures.window",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "optimizer.eps",
-    "optimizer.clip_grad_norm",
 )
-_NOT_NEGATIVE = (
-    "seed",
-    "stall_timeout_s",
+_RUN_NOT_NEGATIVE = (
     "corpus.max_bad_samples",
     "corpus.prefetch_samples",
     "warmup.steps",
@@ -117,14 +141,8 @@ _NOT_NEGATIVE = (
     "signatures.max_mismatch_nats",
     "signatures.min_mstep_fall",
     "signatures.max_heldout_rise",
-    "optimizer.weight_decay",
-    "checkpoint.stop_after_steps",
-    "checkpoint.keep_every_steps",
-    "checkpoint.wall_clock_limit_s",
-    "checkpoint.stop_before_s",
-    "engine.port",
 )
-_FRACTIONS = (
+_RUN_FRACTIONS = (
     "objective.gate_exploration",
     "objective.discount",
     "warmup.lr_warmup_fraction",
@@ -137,7 +155,6 @@ _FRACTIONS = (
     "signatures.max_cap_fraction",
     "signatures.max_forced_act_rate",
     "signatures.min_effective_samples",
-    "engine.memory_fraction",
 )
 
 
@@ -197,22 +214,25 @@ def _check_exploration(aim: ObjectiveConfig, rollouts: int) -> None:
         raise ValueError(f"{explores}: E-steps of one rollout do not explore; raise estep.rollouts_per_snippet")
 
 
-def _check_ranges(config: RunConfig) -> None:
-    for key in _POSITIVE:
+def check_ranges(
+    config: object, *, positive: Sequence[str], not_negative: Sequence[str], fractions: Sequence[str]
+) -> None:
+    """Check single settings, given by their dotted keys; ValueError names the first that is out of range."""
+    for key in positive:
         if not _get(config, key) > 0:
             raise ValueError(f"{key}={_get(config, key)}: must be positive")
-    for key in _NOT_NEGATIVE:
+    for key in not_negative:
         if not _get(config, key) >= 0:
             raise ValueError(f"{key}={_get(config, key)}: must not be negative")
-    for key in _FRACTIONS:
+    for key in fractions:
         if not 0.0 <= _get(config, key) <= 1.0:
             raise ValueError(f"{key}={_get(config, key)}: must lie between 0 and 1")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0.0 <= _get(config, key) < 1.0:
-            raise ValueError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
-    for key in ("run_folder", "corpus.folder", "model.folder"):
-        if not _get(config, key):
-            raise ValueError(f"{key} is empty: set it in the config file or as {key}=PATH")
+
+
+def require_path(config: object, key: str) -> None:
+    """ValueError where a path that a run cannot do without is empty."""
+    if not _get(config, key):
+        raise ValueError(f"{key} is empty: set it in the config file or as {key}=PATH")
 
 
 def _get(config: object, dotted: str) -> Any:

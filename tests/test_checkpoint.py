@@ -255,7 +255,7 @@ def test_every_difference_to_the_resuming_run_is_listed(layout):
         "objective.penalty: 0.05 in the checkpoint, 0.1 now",
         "parallel.distributed_optimizer: True in the checkpoint, False now",
         "seed: 1 in the checkpoint, 2 now",
-        "em.rounds: 2 in the checkpoint, 1 now; a resumed run may only add rounds",
+        "em.rounds: 2 in the checkpoint, 1 now; a resumed run may only be made longer",
     ]
 
 
@@ -285,7 +285,7 @@ def test_settings_that_alter_no_state_may_change(layout):
             ("em.rounds=2",),
             r"em\.rounds 0 -> 2 changes the phases: .* from this run's export",
         ),
-        (("em.rounds=2",), ("em.rounds=0",), r"em\.rounds: 2 in the checkpoint, 0 now; a resumed run may only add"),
+        (("em.rounds=2",), ("em.rounds=0",), r"em\.rounds: 2 in the checkpoint, 0 now; a resumed run may only be"),
         (
             ("em.restart_from_base=true",),
             ("em.restart_from_base=true", "model.folder=other"),

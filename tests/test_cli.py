@@ -10,8 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_ra3.cli import main
-from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
+from megatron_ra3.settings import to_dict
 from tests.distributed import run_ranks
 from tests.small import make_config
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ra3.config import RunConfig, known_keys, load_config
+from megatron_ra3.config import RunConfig, load_config
+from megatron_ra3.settings import known_keys
 
 NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inprocess"]
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from megatron_ra3.cli import main
-from megatron_ra3.config import to_dict
 from megatron_ra3.doctor import kernels
+from megatron_ra3.settings import to_dict
 from tests.small import make_config
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
+from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.inprocess import InProcessEngine
-from megatron_ra3.run import StopRequestedError
+from megatron_ra3.settings import to_dict
 from tests.distributed import run_ranks
 from tests.small import make_config
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
-from megatron_ra3.run import StopRequestedError
+from megatron_ra3.lifecycle import StopRequestedError
 from tests.distributed import run_ranks
 from tests.small import make_config
 

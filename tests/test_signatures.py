@@ -13,8 +13,8 @@ import pytest
 from megatron_ra3.cli import main
 from megatron_ra3.config import RunConfig, load_config
 from megatron_ra3.em import midtrain
+from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.report.signatures import ADVICE, ESTEP_METRICS, Detector
-from megatron_ra3.run import StopRequestedError
 from tests.small import make_config
 
 NEEDED = ["run_folder=r", "corpus.folder=c", "model.folder=m", "engine.kind=inprocess", "estep.steps=40"]

@@ -13,7 +13,10 @@ from megatron_ra3.model.build import build_model
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 from megatron_ra3.mstep import NextToken
+from megatron_ra3.policy_step import Group, PolicyStep
 from megatron_ra3.presets import ObjectiveConfig
+from megatron_ra3.rlvr_config import RlvrConfig
+from megatron_ra3.rollout.answers import Answer
 from tests.distributed import run_ranks
 from tests.small import MODEL
 
@@ -32,6 +35,9 @@ EVERYTHING = ObjectiveConfig(
     line_gradient=0.5,
 )
 ESTEPS = {"estep": ObjectiveConfig(), "everything": EVERYTHING}
+OBJECTIVES = [*ESTEPS, "next_token", "rlvr"]
+RLVR = RlvrConfig(reference_kl=0.3, entropy_bonus=0.1, clip_high=0.3, overlong_tokens=4, max_answer_tokens=8)
+RLVR_FIGURES = ["loss", "grad_norm", "entropy", "kl", "mismatch", "importance_weight"]
 FIGURES = ["loss", "grad_norm", "reward", "mismatch", "advantage_think", "gain_per_think", "gate_kl", "reference_kl"]
 
 
@@ -59,6 +65,21 @@ def _rollout(draw: random.Random, lines: tuple[tuple[int, ...], ...]) -> Traject
     return trajectory
 
 
+def _answers(step: int) -> list[Group]:
+    """Groups of answers with random rewards, two of which are equal."""
+    draw = random.Random(step)
+    groups = []
+    for _ in range(GROUPS):
+        prompt = tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 6)))
+        answers = [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 8))] for _ in range(ROLLOUTS)]
+        drawn = [
+            Answer("t", prompt, ids, [-4.0] * len(ids), [0] * len(ids), ended=True) for ids in [*answers, answers[0]]
+        ]
+        rewards: list[float | None] = [1.0, 0.0, float(draw.random() < 0.5), 1.0]
+        groups += [group for group in [Group.of(drawn, rewards, RLVR)] if group is not None]
+    return groups
+
+
 def _train(tp: int, pp: int, folder: Path, micro_batch_tokens: int, objective: str) -> list[list[list[float]]]:
     """Metrics per step; every rank returns the same."""
     layout = parallel.initialize(tp, pp, seed=0, timeout_s=60)
@@ -69,6 +90,7 @@ def _train(tp: int, pp: int, folder: Path, micro_batch_tokens: int, objective: s
     reference = Reference(trainer, folder.with_name("reference"))
     estep = EStep(settings, 1e-4, trainer, layout, FORMAT, micro_batch_tokens, reference)
     next_token = NextToken(trainer, layout, FORMAT, micro_batch_tokens)
+    policy = PolicyStep(RLVR, trainer, layout, micro_batch_tokens, reference)
     curve: list[list[float]] = []
     for step in range(STEPS):
         groups = _groups(step)[layout.dp_rank :: layout.dp_size]
@@ -76,6 +98,9 @@ def _train(tp: int, pp: int, folder: Path, micro_batch_tokens: int, objective: s
             metrics = estep.update(groups)
             figures = FIGURES if settings is EVERYTHING else FIGURES[:4]
             curve.append([metrics[name] for name in figures])
+        elif objective == "rlvr":
+            metrics = policy.update(_answers(step)[layout.dp_rank :: layout.dp_size], 1e-3)
+            curve.append([metrics[name] for name in RLVR_FIGURES])
         else:
             flat = [item for group in groups for item in group]
             metrics = next_token.update(flat, latent_weight=0.5, lr=1e-2)
@@ -90,7 +115,7 @@ def _train_all(
         (objective, layout, size): _train(*layout, folder, size, objective)
         for layout in layouts
         for size in sizes
-        for objective in (*ESTEPS, "next_token")
+        for objective in OBJECTIVES
     }
     parallel.destroy()
     return results
@@ -111,7 +136,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[object, ...],
     return found
 
 
-@pytest.mark.parametrize("objective", [*ESTEPS, "next_token"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_do_not_depend_on_the_split(curves, objective):
     reference = torch.tensor(curves[objective, (1, 1, 1), 100_000])
     scale = reference.norm(dim=0)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_ra3.config import to_dict
 from megatron_ra3.model import parallel
+from megatron_ra3.settings import to_dict
 from megatron_ra3.stall import ACTIVITY, RECORD_BYTES, STALLED, Activity, Board, Sign, Watchdog, who_waits_for_whom
 from tests.distributed import run_ranks
 from tests.small import make_config

@@ -19,9 +19,9 @@ from costs import Cost, forward_flops, run_cost
 from evaluate import run_config
 from programs import ProgramConfig
 
-from megatron_ra3.config import to_dict
 from megatron_ra3.report.experiments import Column, Estimate, Record, markdown, over_seeds
 from megatron_ra3.report.summary import read_metrics
+from megatron_ra3.settings import to_dict
 
 RUNS = ("base", "ra3", "ntp", "ntp_flops")
 THINKING = ("think_rate_hard", "think_rate_easy", "rationale_correct", "rationale_tokens", "needed_tokens")

@@ -114,7 +114,7 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Return log p(target) per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
+        """Return log p(target) in nats per micro-batch, [K] fp32 each, on every rank of the replica. No gradient."""
         exact, rewards = self._logprob(self.loss_precision), self._logprob(self.reward_precision)
 
         def head(batch: MicroBatch, hidden: Tensor) -> Tensor:
@@ -126,6 +126,13 @@ class Trainer:
         return self._from_last_stage(outputs, [tuple(batch.rows.shape) for batch in micro_batches])
 
     @torch.no_grad()
+    def score_with_entropy(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """As `score`, in the loss's precision: [2, K] each, log p(target) and the entropy of the law, nats."""
+        logprob = self._logprob(self.loss_precision, with_entropy=True)
+        outputs = self._forward(micro_batches, lambda batch, hidden: logprob(hidden, batch.rows, batch.targets))
+        return self._from_last_stage(outputs, [(2, len(batch.rows)) for batch in micro_batches])
+
+    @torch.no_grad()
     def logits(self, token_ids: Tensor, rows: Tensor) -> Tensor:
         """Return fp32 logits [K, vocab] at `rows` (see MicroBatch) of `token_ids` [b, s], on every rank of the replica.
 
@@ -135,15 +142,18 @@ class Trainer:
         outputs = self._forward([batch], self._full_logits)
         return self._from_last_stage(outputs, [(rows.numel(), self.model.vocab_size)])[0]
 
-    def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, lr: float) -> dict[str, float]:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, lr: float, *, with_entropy: bool = False
+    ) -> dict[str, float]:
         """Take one optimizer step; return `loss` and `grad_norm`, the same on all ranks.
 
-        `loss_fn(i, logprobs [K])` returns the scalar loss of micro-batch i, already divided by GLOBAL counts. It is
+        `loss_fn(i, logprobs [K])` returns the scalar loss of micro-batch i, already divided by GLOBAL counts; with
+        `with_entropy` it gets [2, K], log-probs and the entropies of their laws, both with gradient. It is
         called on the last stage only, once per micro-batch with K > 0. Replicas may pass different numbers of
         micro-batches, even none. `loss` is summed over micro-batches and replicas, `grad_norm` is taken before
         clipping. FloatingPointError: the loss or the gradient is not finite; weights and optimizer are then unchanged.
         """
-        return self._take_step(micro_batches, self._loss_head(loss_fn), lr)
+        return self._take_step(micro_batches, self._loss_head(loss_fn, with_entropy=with_entropy), lr)
 
     def fit(self, micro_batches: Sequence[MicroBatch], weights: Sequence[Tensor], lr: float) -> dict[str, float]:
         """`step` on the loss -sum(weights[i] [K] · log p(target)): a quarter fewer products in the output layer.
@@ -185,8 +195,8 @@ class Trainer:
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
-    def _loss_head(self, loss_fn: LossFn) -> _Head:
-        logprob = self._logprob(self.loss_precision)
+    def _loss_head(self, loss_fn: LossFn, *, with_entropy: bool) -> _Head:
+        logprob = self._logprob(self.loss_precision, with_entropy=with_entropy)
 
         def head(index: int, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logprobs = logprob(hidden, batch.rows, batch.targets)
@@ -257,8 +267,13 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _logprob(self, precision: Precision) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The output layer for one pass over the weights as they are now: (hidden, rows, targets) to log-probs."""
+    def _logprob(
+        self, precision: Precision, *, with_entropy: bool = False
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The output layer for one pass over the weights as they are now: (hidden, rows, targets) to log-probs [K].
+
+        `with_entropy`: [2, K], entropies below them.
+        """
         cache = HeadCache()
 
         def logprob(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
@@ -269,10 +284,10 @@ class Trainer:
                 tp_group=self.layout.tp_group,
                 vocab_size=self.model.vocab_size,
                 precision=precision,
+                with_entropy=with_entropy,
                 cache=cache,
             )
-            assert isinstance(found, Tensor)
-            return found
+            return found if isinstance(found, Tensor) else torch.stack(found)
 
         return logprob
 

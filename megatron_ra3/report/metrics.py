@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 SHOWN = {
     "loss": "9.4f",
     "reward": "8.4f",
+    "pass_rate": "6.4f",
+    "zero_advantage_groups": "4.0f",
+    "truncated": "6.4f",
+    "entropy": "6.4f",
+    "kl": "8.1e",
     "nats_per_code_token": "7.4f",
     "think_rate": "6.3f",
     "rationale_tokens": "5.1f",
@@ -77,7 +82,7 @@ class MetricsLog:
         writes: this process writes (global rank 0).
         wandb_project: empty, or where to log besides; a resumed run goes on with the wandb run of its folder.
         settings: the run's configuration, shown in wandb.
-        detector: looks for failure signatures in what is written.
+        detector: looks for failure signatures in what is written; None: nothing does.
 
     ValueError, on every rank: wandb is asked for but not installed.
     """
@@ -90,7 +95,7 @@ class MetricsLog:
         writes: bool,
         wandb_project: str,
         settings: Mapping[str, Any],
-        detector: Detector,
+        detector: Detector | None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._writes = writes
@@ -129,7 +134,8 @@ class MetricsLog:
         """
         if self._writes:
             cut_back(self._file, offset)
-            self._detector.replay(read_metrics(self.path.parent))
+            if self._detector is not None:
+                self._detector.replay(read_metrics(self.path.parent))
             if self._bar is not None:
                 self._bar.initial = self._bar.n = step
                 self._bar.refresh()
@@ -144,7 +150,7 @@ class MetricsLog:
         """Append one step's metrics and print its line, which `label` opens, and one per failure signature it shows."""
         if not self._writes:
             return
-        signatures = self._detector.observe(record)
+        signatures = self._detector.observe(record) if self._detector is not None else {}
         if signatures:
             record = {**record, "signatures": signatures}
         self._file.write(json.dumps(record) + "\n")

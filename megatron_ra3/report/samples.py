@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -39,18 +39,22 @@ class SampleLog:
 
     def write(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         """Append trajectories as (text, rationales with their line and log-prob in nats)."""
-        if not self._writes:
-            return
-        for item in trajectories:
-            code = [token for token, kind in zip(item.token_ids, item.kinds, strict=True) if kind != Kind.PROMPT]
-            record = {
-                "step": step,
-                "snippet_id": item.snippet_id,
-                "text": self._tokenizer.decode(code),
-                "rationales": [self._rationale(item, line) for line, thought in enumerate(item.thought) if thought],
-            }
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self.append(self._record(step, item) for item in trajectories)
+
+    def append(self, records: Iterable[Mapping[str, object]]) -> None:
+        """Append what is JSON already."""
+        if self._writes:
+            self._file.writelines(json.dumps(record) + "\n" for record in records)
+            self._file.flush()
+
+    def _record(self, step: int, item: Trajectory) -> dict[str, object]:
+        code = [token for token, kind in zip(item.token_ids, item.kinds, strict=True) if kind != Kind.PROMPT]
+        return {
+            "step": step,
+            "snippet_id": item.snippet_id,
+            "text": self._tokenizer.decode(code),
+            "rationales": [self._rationale(item, line) for line, thought in enumerate(item.thought) if thought],
+        }
 
     def _rationale(self, item: Trajectory, line: int) -> dict[str, object]:
         at = [

@@ -6,7 +6,7 @@ Only token ids travel. Two real engines stand behind the protocol: `vllm_engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,3 +106,13 @@ def converse_in_batches(engine: Engine, queries: Sequence[Query], reply: Reply, 
             answered = [*zip(rationales, engine.generate(rationales, stop), strict=True)]
             rationales = []
         asked = [new for query, answer in answered for new in reply(query, answer)]
+
+
+def refuse_other_weights(versions: Iterable[int], current: int) -> None:
+    """EngineError unless all `versions`, those of the weights that samples came with, are `current`."""
+    others = sorted(set(versions) - {current})
+    if others:
+        raise EngineError(
+            f"rollouts came with weight versions {others}, the trainer is at {current}: give every run engines of its "
+            "own (engine.urls)"
+        )

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_ra3.config import RunConfig
+from megatron_ra3.config import TrainerConfig
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names
 from megatron_ra3.model.build import RA3Model
@@ -49,7 +49,7 @@ class ServedEngine(Protocol):
 
 
 def open_engine(
-    config: RunConfig, trainer: Trainer, latent_format: LatentFormat, model_folder: Path
+    config: TrainerConfig, trainer: Trainer, latent_format: LatentFormat, model_folder: Path
 ) -> InProcess | Servers:
     """Start or connect the engine of `engine.kind`; collective over all ranks.
 
@@ -62,7 +62,7 @@ def open_engine(
     return Servers(config, trainer, latent_format, model_folder)
 
 
-def serve(config: RunConfig) -> int:
+def serve(config: TrainerConfig) -> int:
     """Serve `engine.model_folder` (or what the trainer starts from) on this node until told to stop."""
     folder = Path(config.engine.model_folder or config.model.folder)
     if not config.engine.model_folder and config.model.init == "random":
@@ -94,7 +94,9 @@ class InProcess:
 class Servers:
     """vLLM servers: one started by each replica's leader, or those of `engine.urls` dealt out to the replicas."""
 
-    def __init__(self, config: RunConfig, trainer: Trainer, latent_format: LatentFormat, model_folder: Path) -> None:
+    def __init__(
+        self, config: TrainerConfig, trainer: Trainer, latent_format: LatentFormat, model_folder: Path
+    ) -> None:
         self.config = config
         self.trainer = trainer
         self.layout = trainer.layout
@@ -222,7 +224,7 @@ class MegatronSource:
         return names.export_hf(self._model)
 
 
-def _server_config(config: RunConfig, model_folder: Path, log_file: Path, *, seed: int) -> ServerConfig:
+def _server_config(config: TrainerConfig, model_folder: Path, log_file: Path, *, seed: int) -> ServerConfig:
     settings = config.engine
     on_gpu = torch.cuda.is_available()
     return ServerConfig(

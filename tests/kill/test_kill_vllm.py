@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_ra3.config import to_dict
 from megatron_ra3.em import midtrain
+from megatron_ra3.settings import to_dict
 from tests.small import make_config
 
 pytestmark = pytest.mark.vllm

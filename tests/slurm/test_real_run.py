@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_ra3.config import to_dict
+from megatron_ra3.settings import to_dict
 from tests.small import make_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm]

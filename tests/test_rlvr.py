@@ -1,0 +1,212 @@
+"""RLVR, small and in process: what it writes, that stopping anywhere changes nothing, and that it learns.
+
+Verdicts come from a rule on the text in place of the jail, which has tests of its own.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ra3 import rlvr_run
+from megatron_ra3.chaos.world import MODEL
+from megatron_ra3.evaluate.judge import Attempt
+from megatron_ra3.evaluate.sandbox import Verdict
+from megatron_ra3.lifecycle import StopRequestedError
+from megatron_ra3.model import names
+from megatron_ra3.policy_step import PolicyStep
+from megatron_ra3.rlvr import rlvr
+from megatron_ra3.rlvr_config import JailConfig, RlvrRunConfig, load_rlvr_config
+
+TASKS = 5
+
+
+class Rule:
+    """Passes answers with an early letter; the jail breaks over those with a digit."""
+
+    def __init__(self, config: JailConfig) -> None:
+        del config
+
+    def verdicts(self, attempts: Sequence[Attempt]) -> list[Verdict]:
+        return [self._verdict(item.text) for item in attempts]
+
+    def _verdict(self, text: str) -> Verdict:
+        if any(letter.isdigit() for letter in text):
+            return Verdict(outcome="infrastructure", reason="jail")
+        return Verdict(outcome="pass" if any(letter in "abcdefgh" for letter in text) else "fail")
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlvr_run, "Judge", Rule)
+
+
+@pytest.fixture(scope="module")
+def world(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights and its tokenizer, and files of tasks."""
+    folder = tmp_path_factory.mktemp("rlvr")
+    names.init_hf(folder / "model", {**MODEL, "vocab_size": 400}, 0, small_corpus / "tokenizer")
+    for name, count in (("train", TASKS), ("heldout", 3)):
+        records = [
+            {
+                "task_id": f"{name}/{number}",
+                "prompt": f"x={number}\n",
+                "stop": ["\n"],
+                "head": "",
+                "function": "f",
+                "tests": [[[], number]],
+                "max_new_tokens": 4,
+            }
+            for number in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def _config(world: Path, folder: Path, *overrides: str) -> RlvrRunConfig:
+    settings = [
+        f"run_folder={folder}",
+        f"model.folder={world / 'model'}",
+        f"tasks.file={world / 'train.jsonl'}",
+        f"heldout.file={world / 'heldout.jsonl'}",
+        "rlvr.steps=4",
+        "rlvr.tasks_per_step=3",
+        "rlvr.samples_per_task=4",
+        "rlvr.max_prompt_tokens=32",
+        "rlvr.max_answer_tokens=4",
+        "rlvr.check_tokens=2",
+        "rlvr.learning_rate=1e-2",
+        "rlvr.reference_kl=0.05",
+        "rlvr.entropy_bonus=0.01",
+        "rlvr.updates_per_step=2",
+        "evaluate.every_steps=2",
+        "evaluate.tasks=3",
+        "evaluate.samples_per_task=2",
+        "parallel.micro_batch_tokens=100",
+        "checkpoint.every_steps=1000",
+        "engine.kind=inprocess",
+        *overrides,
+    ]
+    return load_rlvr_config(None, settings)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlvr_run, "Judge", Rule)
+        rlvr(_config(world, folder))
+    return folder
+
+
+def test_a_run_trains_evaluates_and_exports(whole):
+    metrics = _metrics(whole)
+    assert [record["phase"] for record in metrics] == [
+        "evaluate",
+        "rlvr",
+        "rlvr",
+        "evaluate",
+        "rlvr",
+        "rlvr",
+        "evaluate",
+    ]
+    steps = [record for record in metrics if record["phase"] == "rlvr"]
+    assert all(record["answers"] == 12 for record in steps)
+    assert all(record["mismatch"] < 1e-5 for record in steps)
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert steps[-1]["kl"] > 1e-4
+    assert all(record["updates"] == 2 for record in steps)
+    assert steps[0]["entropy"] > 4.0
+    assert 0 < steps[0]["pass_rate"] < 1
+    assert sum(record["infrastructure_errors"] for record in steps) > 0
+    assert metrics[0]["answers"] == 6
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * 4
+    assert samples[0]["prompt"] == "x=0\n"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (whole / "export").iterdir()
+    }
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["evaluate"]["pass_rate"] == metrics[-1]["pass_rate"]
+
+
+def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path):
+    for steps in (1, 3):
+        with pytest.raises(StopRequestedError):
+            rlvr(_config(world, tmp_path / "run", f"checkpoint.stop_after_steps={steps}"))
+    rlvr(_config(world, tmp_path / "run"))
+    assert _metrics(tmp_path / "run") == _metrics(whole)
+    for name in ("export/model.safetensors", "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_run_can_be_made_longer_and_other_tasks_are_refused(whole, world, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"corpus: completions .* in the checkpoint, completions .* now"):
+        rlvr(_config(world, tmp_path / "run", f"tasks.file={world / 'heldout.jsonl'}"))
+    rlvr(_config(world, tmp_path / "run", "rlvr.steps=6"))
+    assert _metrics(tmp_path / "run")[:7] == _metrics(whole)
+    assert len(_metrics(tmp_path / "run")) == 10
+
+
+def test_dynamic_sampling_takes_every_task_once_per_epoch_and_leaves_out_equal_groups(world, tmp_path, monkeypatch):
+    taken: list[str] = []
+    learnt: list[int] = []
+    next_tasks, update = rlvr_run.RlvrRun.next_tasks, PolicyStep.update
+
+    def record_tasks(run: rlvr_run.RlvrRun, count: int) -> Any:
+        posed = next_tasks(run, count)
+        taken.extend(item.problem.task.task_id for item in posed)
+        return posed
+
+    def record_groups(policy: PolicyStep, groups: Any, lr: float) -> dict[str, float]:
+        assert all(group.teaches for group in groups)
+        learnt.append(len(groups))
+        return update(policy, groups, lr)
+
+    monkeypatch.setattr(rlvr_run.RlvrRun, "next_tasks", record_tasks)
+    monkeypatch.setattr(PolicyStep, "update", record_groups)
+    limits = ("rlvr.max_sampling_rounds=3", "rlvr.truncated=judge", "evaluate.every_steps=0")
+    rlvr(_config(world, tmp_path / "run", "rlvr.preset=dapo", *limits))
+    steps = _metrics(tmp_path / "run")
+    assert sum(record["zero_advantage_groups"] + record["too_few_groups"] for record in steps) > 0
+    for record, count in zip(steps, learnt, strict=True):
+        assert count == record["groups"] - record["zero_advantage_groups"] - record["too_few_groups"]
+        assert count <= 3
+    assert len(taken) == sum(record["groups"] for record in steps)
+    for start in range(0, len(taken) - TASKS + 1, TASKS):
+        assert Counter(taken[start : start + TASKS]) == {f"train/{number}": 1 for number in range(TASKS)}
+    assert steps[-1]["epoch"] * TASKS + steps[-1]["position"] == len(taken)
+
+
+def test_verdicts_teach(world, tmp_path):
+    settings = ("rlvr.steps=24", "evaluate.every_steps=12", "rlvr.reference_kl=0", "rlvr.entropy_bonus=0")
+    more = ("evaluate.samples_per_task=16", "rlvr.samples_per_task=8", "rlvr.updates_per_step=1")
+    rlvr(_config(world, tmp_path / "run", *settings, *more, "rlvr.preset=rloo"))
+    rates = [record["pass_rate"] for record in _metrics(tmp_path / "run") if record["phase"] == "evaluate"]
+    assert rates[0] < 0.8
+    assert rates[-1] > rates[0] + 0.15
+
+
+def test_nothing_to_learn_takes_no_step(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rule, "_verdict", lambda judge, text: Verdict(outcome="fail"))
+    plain = ("rlvr.reference_kl=0", "rlvr.entropy_bonus=0", "evaluate.every_steps=0", "rlvr.steps=1")
+    rlvr(_config(world, tmp_path / "run", *plain))
+    (record,) = _metrics(tmp_path / "run")
+    assert (record["updates"], record["zero_advantage_groups"], record["pass_rate"]) == (0, 3, 0.0)
+    before, after = (load_file(path / "model.safetensors") for path in (world / "model", tmp_path / "run" / "export"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
