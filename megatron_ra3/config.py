@@ -296,6 +296,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ValueError: broken YAML (place given), unknown key (nearest known name given), wrong type, or clashing settings.
         FileNotFoundError: no such file.
     """
+    config: RunConfig = build(RunConfig, read_settings(path, overrides))
+    validate(config)
+    return config
+
+
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML file with overrides applied, as nested plain values; errors as in `load_config`."""
     tree: Any = {}
     if path is not None:
         if not Path(path).is_file():
@@ -308,9 +315,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         if not equals:
             raise ValueError(f"override {override!r}: write it as key=value, for instance objective.penalty=0.05")
         _set(tree, key.strip(), _parse(value, f"override {override!r}"))
-    config = _build(RunConfig, tree, "")
-    validate(config)
-    return config
+    settings: dict[str, Any] = tree
+    return settings
+
+
+def build(cls: type, settings: Mapping[str, Any]) -> Any:
+    """A config dataclass from nested plain values; ValueError for unknown keys and wrong types."""
+    return _build(cls, settings, "", cls)
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -349,27 +360,27 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, root: type) -> Any:
     hints = get_type_hints(cls)
     names = {item.name for item in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if key not in names:
-            raise ValueError(_unknown_key(dotted))
+            raise ValueError(_unknown_key(dotted, root))
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{dotted}: is a section with keys of its own, got {value!r}")
             settings = with_preset(value) if hint is ObjectiveConfig else value
-            arguments[key] = _build(hint, settings, f"{dotted}.")  # type: ignore[arg-type]
+            arguments[key] = _build(hint, settings, f"{dotted}.", root)  # type: ignore[arg-type]
         else:
             arguments[key] = _convert(dotted, hint, value)
     return cls(**arguments)
 
 
-def _unknown_key(dotted: str) -> str:
-    keys = list(known_keys())
+def _unknown_key(dotted: str, root: type) -> str:
+    keys = list(known_keys(root))
     leaf = dotted.rpartition(".")[2]
     near = difflib.get_close_matches(dotted, keys, n=1) or [
         key for key in keys for match in difflib.get_close_matches(leaf, [key.rpartition(".")[2]], n=1) if match
