@@ -1,8 +1,8 @@
 """EvalPlus's own verdicts, program by program, for `mutants.py`; runs in an environment of its own.
 
-Reads JSON lines {"task_id", "code"} and answers each with {"base", "plus"}: evalplus's status words, `plus` being null
-where `base` did not pass. Needs evalplus 0.3.1, numpy, psutil, tqdm, appdirs, tempdir and wget, none of its other
-requirements. EvalPlus isolates nothing: give it mutants of trusted programs, never a model's programs.
+Reads JSON lines {"task_id", "code", "min_time_s"} and answers each with {"base", "plus"}: evalplus's status words, null
+for `plus` where `base` did not pass. Needs evalplus 0.3.1, numpy, psutil, tqdm, appdirs, tempdir and wget, none of its
+other requirements. EvalPlus isolates nothing: give it mutants of trusted programs, never a model's programs.
 """
 
 from __future__ import annotations
@@ -39,23 +39,27 @@ def main() -> None:
                     record_time=True,
                     output_not_none=problem["entry_point"] in MBPP_OUTPUT_NOT_NONE_TASKS,
                 )
-            answer[part] = check(problem, part, request["code"], *expected[key])
+            answer[part] = check(problem, part, request, *expected[key])
             if answer[part] != PASS:
                 break
         print(json.dumps(answer), flush=True)
 
 
-def check(problem: dict[str, Any], part: str, code: str, outputs: list[Any], seconds: list[float]) -> str:
-    """The status of one program on the base or on the extra inputs, as `evalplus.evaluate` asks for it."""
+def check(problem: dict[str, Any], part: str, request: dict[str, Any], outputs: list[Any], seconds: list[float]) -> str:
+    """The status of one program on the base or on the extra inputs, as `evalplus.evaluate` asks for it.
+
+    Its least time for an input is 1 s of the clock, unless the request gives more.
+    """
     dataset = "humaneval" if problem["task_id"].startswith("HumanEval/") else "mbpp"
     status, _ = untrusted_check(
         dataset,
-        code,
+        request["code"],
         problem[f"{part}_input"],
         problem["entry_point"],
         expected=outputs,
         atol=problem["atol"],
         ref_time=seconds,
+        min_time_limit=request["min_time_s"],
         fast_check=True,
     )
     return str(status)

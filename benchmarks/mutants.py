@@ -18,6 +18,7 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ from megatron_ra3.evaluate.tasks import load_humaneval_plus as load_humaneval
 from megatron_ra3.evaluate.tasks import load_mbpp_plus as load_mbpp
 
 CHUNK = 20
+USUAL_S, PATIENT_S = 1.0, 30.0
+"""EvalPlus's least time limit per input, and one that no busy machine makes a program miss."""
 FIND_ZERO = (
     "evalplus 0.3.1 leaves no mark for a right answer to find_zero (`continue` comes before `details[i] = True`), then "
     "finds fewer marks than inputs and fails it; the answer is within the task's tolerance and ours counts it as right"
+)
+TIME = (
+    f"evalplus passes it too once an input may take {PATIENT_S:.0f} s: it goes by the clock, and a busy machine kept "
+    "the program waiting; ours does not count seconds without a processor"
 )
 
 
@@ -70,11 +77,12 @@ class EvalPlus:
             env=environment,
         )
 
-    def judge(self, task_id: str, code: str) -> dict[str, str | None]:
+    def judge(self, case: Case, min_time_s: float = USUAL_S) -> dict[str, str | None]:
         """Status words for base and extra inputs."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"task_id": task_id, "code": code}) + "\n")
+        request = {"task_id": case.task.task_id, "code": case.mutant.code, "min_time_s": min_time_s}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
@@ -100,23 +108,28 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     arguments = parser.parse_args()
     cases = draw(arguments.data, arguments.per_task, arguments.seed)
-    rows = [json.loads(line) for line in arguments.state.read_text().splitlines()] if arguments.state.exists() else []
-    done = {row["key"] for row in rows}
-    missing = [case for case in cases if case.key not in done]
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.state.exists():
+        rows = {row["key"]: row for row in map(json.loads, arguments.state.read_text().splitlines())}
+    missing = [case for case in cases if case.key not in rows]
     references = PlusReferences(arguments.state.with_suffix(".references"))
     evalplus = EvalPlus(arguments.evalplus_python, arguments.data)
     try:
         with Sandbox(arguments.workers) as sandbox, arguments.state.open("a") as state:
             for start in range(0, len(missing), CHUNK):
-                new = judge(sandbox, references, evalplus, missing[start : start + CHUNK])
-                state.write("".join(json.dumps(row) + "\n" for row in new))
+                for row in judge(sandbox, references, evalplus, missing[start : start + CHUNK]):
+                    rows[row["key"]] = row
+                    state.write(json.dumps(row) + "\n")
                 state.flush()
-                rows += new
-                print(f"{len(rows)}/{len(cases)} judged, {len(differing(rows))} disagreements", flush=True)
-                write(arguments, rows, len(cases))
+                print(f"{len(rows)}/{len(cases)} judged, {len(differing(rows.values()))} disagreements", flush=True)
+                write(arguments, rows.values(), len(cases))
+            for case in cases:
+                if disagree(rows[case.key]) and "evalplus_patient" not in rows[case.key]:
+                    rows[case.key] |= {"evalplus_patient": evalplus.judge(case, PATIENT_S), "diff": changed(case)}
+                    state.write(json.dumps(rows[case.key]) + "\n")
     finally:
         evalplus.close()
-    write(arguments, rows, len(cases))
+    write(arguments, rows.values(), len(cases))
 
 
 def draw(data: Path, per_task: int, seed: int) -> list[Case]:
@@ -142,20 +155,19 @@ def judge(sandbox: Sandbox, references: PlusReferences, evalplus: EvalPlus, case
     rows = []
     for case, verdict in zip(cases, list(sandbox.map(ours, cases)), strict=True):
         row = {"key": case.key, "kind": case.mutant.kind, "ours": verdict}
-        row["evalplus"] = evalplus.judge(case.task.task_id, case.mutant.code)
+        row["evalplus"] = evalplus.judge(case)
         if disagree(row):
             row["first"] = {"ours": row["ours"], "evalplus": row["evalplus"]}
             row["ours"] = ours(case)
-            row["evalplus"] = evalplus.judge(case.task.task_id, case.mutant.code)
-            before = ast_lines(case.task.reference)
-            row["diff"] = list(difflib.unified_diff(before, case.mutant.code.split("\n"), n=1, lineterm=""))
+            row["evalplus"] = evalplus.judge(case)
         rows.append(row)
     return rows
 
 
-def ast_lines(program: str) -> list[str]:
-    """The program in the spelling mutants are written in."""
-    return ast.unparse(ast.parse(program)).split("\n")
+def changed(case: Case) -> list[str]:
+    """What the mutant changed."""
+    before = ast.unparse(ast.parse(case.task.reference)).split("\n")
+    return list(difflib.unified_diff(before, case.mutant.code.split("\n"), n=1, lineterm=""))
 
 
 def disagree(row: dict[str, Any]) -> bool:
@@ -164,20 +176,26 @@ def disagree(row: dict[str, Any]) -> bool:
     return (ours["base_passed"], ours["outcome"] == "pass") != (theirs["base"] == "pass", theirs["plus"] == "pass")
 
 
-def differing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def argument(row: dict[str, Any]) -> str:
+    """Why the verdicts differ, where that is known."""
+    if row["key"].startswith("HumanEval/32#"):
+        return FIND_ZERO
+    patient = row.get("evalplus_patient")
+    return TIME if patient and not disagree({**row, "evalplus": patient}) else ""
+
+
+def differing(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose last verdicts differ."""
     return [row for row in rows if disagree(row)]
 
 
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], planned: int) -> None:
+def write(arguments: argparse.Namespace, rows: Collection[dict[str, Any]], planned: int) -> None:
     """Counts, the table of verdicts, and every disagreement."""
     table = collections.Counter(
         f"ours {row['ours']['outcome']}, evalplus {'pass' if row['evalplus']['plus'] == 'pass' else 'fail'}"
         for row in rows
     )
-    found = differing(rows)
-    for row in found:
-        row["argument"] = FIND_ZERO if row["key"].startswith("HumanEval/32#") else ""
+    found = [{**row, "argument": argument(row)} for row in differing(rows)]
     result = {
         "mutants_planned": planned,
         "mutants_judged": len(rows),
@@ -189,6 +207,7 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], planned: in
         "reasons": dict(collections.Counter(row["ours"]["reason"] or "pass" for row in rows).most_common()),
         "settled_by_judging_again": sum("first" in row for row in rows) - len(found),
         "disagreements": found,
+        "disagreements_without_an_argument": sum(not row["argument"] for row in found),
         "evalplus": "0.3.1",
         "data": {"HumanEval+": HUMANEVAL_PLUS_SHA256, "MBPP+": MBPP_PLUS_SHA256},
         "python": platform.python_version(),
