@@ -261,6 +261,28 @@ def test_pages_show_answers_and_let_nothing_of_them_run(world):
     assert index.count('data-kind="unsolved"') == 2
 
 
+def test_contest_tasks_are_answered_in_fences(world, tmp_path):
+    settings, models = world
+    tests = {"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}
+    function = {"fn_name": "double", "inputs": [[2]], "outputs": [4]}
+    rows = [
+        {"id": number, "question": "Add.", "input_output": json.dumps(content)}
+        for number, content in enumerate((tests, function, {}))
+    ]
+    (tmp_path / "data" / "apps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = {
+        "APPS/0": "Sure:\n```python\n# both\nprint(sum(map(int, input().split())))\n```\n",
+        "APPS/1": "```python\ndef double(x):\n    return x * x - 1\n```",
+    }
+    config = settings("suites=[apps]", "data.apps.path=apps.jsonl")
+    found = evaluate(config, {"base": models["base"]}, StandIn(lambda model, task_id, sample: answers[task_id]))
+    suite = found["suites"]["apps"]
+    assert suite["skipped"] == {"no tests": 1}
+    assert suite["models"]["base"]["scores"]["pass@1"]["value"] == 0.5
+    assert suite["models"]["base"]["rationales"] == 1
+    assert suite["max_new_tokens"] == 2000
+
+
 def test_an_over_long_prompt_fails_and_says_so(world):
     settings, models = world
     config = settings("suites=[humaneval]")
