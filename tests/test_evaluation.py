@@ -207,6 +207,17 @@ def test_changed_weights_are_refused_and_other_models_may_join(world):
         evaluate(settings("engine.urls=[http://a]"), models, good)
 
 
+def test_two_evaluations_do_not_share_a_folder(world):
+    settings, models = world
+
+    def write(model, task_id, sample):
+        with pytest.raises(OSError, match="another `ra3 eval` is at work"):
+            evaluate(settings("suites=[humaneval]"), models, StandIn(None))
+        return right(task_id)
+
+    evaluate(settings("suites=[humaneval]", "max_tasks=1"), {"base": models["base"]}, StandIn(write))
+
+
 def test_scoring_what_was_trained_on_is_refused_unless_asked_for(world):
     settings, models = world
     one = {"base": models["base"]}

@@ -7,13 +7,14 @@ weights is refused, because a score over two kinds of samples is the score of no
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,15 @@ def evaluate(
 
     Models that the folder holds from before are compared too.
     ValueError: settings, data or weights differ from those the folder was begun with; see also `load_suites`.
-    EngineError: servers failed. IsolationError: there is no jail.
+    EngineError: servers failed. IsolationError: there is no jail. OSError: another process evaluates in this folder.
     """
     if config.engine.urls and len(models) > 1:
         raise ValueError("engine.urls: servers hold one model; evaluate the models one by one in the same out_folder")
+    with _alone(Path(config.out_folder)):
+        return _evaluate(config, models, open_generator)
+
+
+def _evaluate(config: EvalConfig, models: Mapping[str, Path], open_generator: OpenGenerator) -> dict[str, Any]:
     out = Path(config.out_folder)
     suites = load_suites(config)
     resolved = [resolve_model(name, folder, out / "exports") for name, folder in models.items()]
@@ -63,6 +69,20 @@ def evaluate(
     durable.write(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     write_pages(out / "pages", suites, {name: records_of(out, name, known) for name in suites}, result)
     return result
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`; the system lets go of it when this one ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"{folder}: another `ra3 eval` is at work there; wait, or choose another out_folder"
+            ) from None
+        yield
 
 
 def agree(path: Path, config: EvalConfig, suites: Mapping[str, Suite], models: Sequence[EvaluatedModel]) -> list[str]:
@@ -102,6 +122,7 @@ def _evaluation(config: EvalConfig) -> dict[str, Any]:
         "rationales": config.rationales,
         "dtype": config.engine.dtype,
         "isolation": config.grading.isolation,
+        "python_time_factor": config.data.python_time_factor,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain

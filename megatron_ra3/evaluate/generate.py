@@ -263,4 +263,5 @@ def _server_config(model: EvaluatedModel, config: EvalConfig, context: int, log:
         max_num_seqs=engine.max_in_flight,
         seed=config.seed,
         start_timeout_s=engine.start_timeout_s,
+        extra_args=engine.server_args,
     )

@@ -100,6 +100,8 @@ class EvalEngineConfig:
     """An answer is asked for in pieces of so many tokens; in between it is searched for stop strings."""
     attempts: int = 4
     """Tries of a request, on any server, before it counts as an infrastructure error."""
+    server_args: tuple[str, ...] = ()
+    """Passed to the server as they are, for instance `--data-parallel-size=8`."""
     request_timeout_s: float = 600.0
     start_timeout_s: float = 900.0
 
