@@ -151,6 +151,8 @@ def table(result: Mapping[str, Any]) -> str:
         for model, found in suite["models"].items():
             for metric, score in found["scores"].items():
                 rows.append(f"{name:<16}{model:<14}{metric:<34}{_shown(score)}{_margins(found)}")
+            if found["missing_samples"]:
+                rows.append(f"{name:<16}{model:<14}{found['missing_samples']} samples are missing: evaluate it again")
     pairs = [(name, pair) for name, suite in result["suites"].items() for pair in suite["pairs"]]
     if pairs:
         rows += [

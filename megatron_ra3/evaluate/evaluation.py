@@ -267,14 +267,10 @@ class Judge:
             verdict = Verdict(outcome="fail", reason="no code", detail="the answer holds no program")
         else:
             counted = dataclasses.asdict(count_rationales(program, prompt.head))
-            verdict = self._verdict(task, strip_rationales(program, prompt.head) if self._strip else program)
+            run = strip_rationales(program, prompt.head) if self._strip else program
+            verdict = grade(self._sandbox, task, run, self._references)
         base = {"base_passed": base_passed(task, verdict)} if isinstance(task, PlusTask) else {}
         return {**key, **dataclasses.asdict(verdict), **base, **counted}
-
-    def _verdict(self, task: Task, program: str) -> Verdict:
-        if "\0" in program:
-            return Verdict(outcome="fail", reason="error", detail="the program holds a null character")
-        return grade(self._sandbox, task, program, self._references)
 
 
 def _write_prompts(path: Path, suite: Suite) -> None:

@@ -44,12 +44,24 @@ def write_pages(
         (folder / name).mkdir(exist_ok=True)
         sections.append(_scores(name, suite, result["suites"][name]) + _tasks(name, suite, records[name]))
         ids = [task.task_id for task in suite.tasks]
+        by_task = {model: _by_task(found) for model, found in records[name].items()}
         for place, (task, prompt) in enumerate(zip(suite.tasks, suite.prompts, strict=True)):
             around = (ids[place - 1] if place else None, ids[place + 1] if place + 1 < len(ids) else None)
-            _write(folder / name / file_name(task.task_id), task_page(name, task, prompt, records[name], around))
-    shown = (("all", "all tasks"), ("split", "models differ"), ("solved", "solved by all"), ("unsolved", "by none"))
+            own = {model: found[task.task_id] for model, found in by_task.items() if task.task_id in found}
+            _write(folder / name / file_name(task.task_id), task_page(name, task, prompt, own, around))
+    shown = (("all", "all tasks"), ("solved", "all pass"), ("split", "some pass"), ("unsolved", "none pass"))
     filters = _filters(*shown)
     _write(folder / "index.html", _page("Evaluation", f"<h1>Evaluation</h1>{filters}", "".join(sections)))
+
+
+def _by_task(records: ModelRecords) -> dict[str, ModelRecords]:
+    """The same, task by task."""
+    found: dict[str, tuple[dict[Key, Any], dict[Key, Any]]] = {}
+    for key, completion in records.completions.items():
+        found.setdefault(key[0], ({}, {}))[0][key] = completion
+    for key, verdict in records.verdicts.items():
+        found.setdefault(key[0], ({}, {}))[1][key] = verdict
+    return {task_id: ModelRecords(*parts) for task_id, parts in found.items()}
 
 
 def file_name(task_id: str) -> str:
@@ -60,7 +72,7 @@ def file_name(task_id: str) -> str:
 def task_page(
     suite: str, task: Task, prompt: Prompt, records: Mapping[str, ModelRecords], around: tuple[str | None, str | None]
 ) -> str:
-    """All answers to one task, a column per model; `around` are the ids of the tasks before and after."""
+    """All answers to one task, a column per model; `records` are this task's, `around` the ids before and after it."""
     links = [
         f'<a id="{name}" href="{file_name(task_id)}">{html.escape(arrow)}</a>' if task_id else ""
         for name, arrow, task_id in zip(("previous", "next"), ("<- before", "next ->"), around, strict=True)
@@ -69,7 +81,7 @@ def task_page(
         f'<h1>{html.escape(task.task_id)}</h1><a href="../index.html">{html.escape(suite)}</a>{"".join(links)}'
         + _filters(("all", "all answers"), ("pass", "pass"), ("fail", "fail"), ("infrastructure", "infrastructure"))
     )
-    columns = "".join(_column(name, task, prompt, found) for name, found in records.items())
+    columns = "".join(_column(name, prompt, found) for name, found in records.items())
     body = f'{_folded("prompt", prompt.text, is_open=True)}{_about(task)}<div class="models">{columns}</div>'
     return _page(task.task_id, bar, body)
 
@@ -91,8 +103,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
-def _column(name: str, task: Task, prompt: Prompt, records: ModelRecords) -> str:
-    keys = sorted((key for key in records.completions if key[0] == task.task_id), key=lambda key: key[1])
+def _column(name: str, prompt: Prompt, records: ModelRecords) -> str:
+    keys = sorted(records.completions, key=lambda key: key[1])
     counts = collections.Counter(records.verdicts[key]["outcome"] for key in keys if key in records.verdicts)
     said = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome])
     cards = "".join(_card(key, prompt, records.completions[key], records.verdicts.get(key)) for key in keys)
@@ -151,6 +163,11 @@ def _scores(name: str, suite: Suite, found: Mapping[str, Any]) -> str:
     text = f"{suite.title}, {len(suite.tasks)} tasks, sha256 {suite.sha256[:12]}"
     if suite.leaked:
         text += f"; {suite.leaked} of them were trained on"
+    missing = [
+        f"{item['missing_samples']} of {model}" for model, item in found["models"].items() if item["missing_samples"]
+    ]
+    if missing:
+        text += f"; missing samples: {', '.join(missing)}"
     table = f'<h2>{html.escape(name)} <span class="soft">{html.escape(text)}</span></h2>{_table(heads, rows)}'
     pairs = [
         f"<tr><td>{html.escape(pair['second'])} - {html.escape(pair['first'])}</td>"
