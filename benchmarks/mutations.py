@@ -85,10 +85,16 @@ def _changes(tree: ast.Module) -> Iterator[tuple[str, int, Change]]:
     for function in tree.body:
         if not isinstance(function, ast.FunctionDef | ast.ClassDef):
             continue
-        for node in ast.walk(function):
+        for node in _without_docstrings(function):
             line = getattr(node, "lineno", 0)
             for kind, change in (*_of_expression(node), *_of_statement(node)):
                 yield kind, line, change
+
+
+def _without_docstrings(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but texts that stand alone."""
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return (node for node in ast.walk(tree) if not (isinstance(node, ast.Constant) and id(node) in texts))
 
 
 def _of_expression(node: ast.AST) -> Iterator[tuple[str, Change]]:
