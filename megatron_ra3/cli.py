@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
     from megatron_ra3.doctor import add_doctor_arguments, run_doctor
+    from megatron_ra3.evaluate.commands import add_eval_arguments, run_eval
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
@@ -82,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     chaos = commands.add_parser("chaos", help="break small runs at random and compare them with unbroken ones")
     add_chaos_arguments(chaos)
     chaos.set_defaults(run=run_chaos)
+
+    evaluating = commands.add_parser("eval", help="score models on programming benchmarks, side by side")
+    add_eval_arguments(evaluating)
+    evaluating.set_defaults(run=run_eval)
 
     report = commands.add_parser("report", help="compare finished runs in a table")
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")

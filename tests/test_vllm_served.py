@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ra3.evaluate.generate import Request, VllmGenerator
+from megatron_ra3.evaluate.prompts import Prompt
+from megatron_ra3.evaluate.settings import EvalEngineConfig, SamplingConfig
 from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, StopRule
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
 from megatron_ra3.rollout.vllm_engine import NEVER_SYNCED, VllmEngine
@@ -196,6 +200,23 @@ def test_gate_logprobs_equal_transformers_also_where_the_prefix_cache_hides_rows
     assert 0 < len(hidden) < len(unique)
     assert engine.rescored_queries - before == len(hidden)
     engine.close()
+
+
+def test_an_evaluation_draws_greedy_answers_piece_by_piece(served):
+    codec = SimpleNamespace(
+        end_ids=frozenset(), encode=lambda prompt: list(draw(20, int(prompt.text))), decode=lambda ids: str(ids)
+    )
+    engine = EvalEngineConfig(tokens_per_request=7)
+    generator = VllmGenerator(served.urls, codec, SamplingConfig(), engine, MODEL_LEN)
+    prompts = [Prompt(text=str(seed), stop=(), max_new_tokens=24) for seed in range(6)]
+    requests = [Request(key=(prompt.text, 0), prompt=prompt, max_new_tokens=24, seed=0) for prompt in prompts]
+    found = {}
+    generator.generate(requests, lambda request, answer: found.setdefault(request.key[0], answer))
+    for prompt in prompts:
+        tokens = codec.encode(prompt)
+        for _ in range(24):
+            tokens.append(int(law(served.first, tokens)[-1].argmax()))
+        assert (found[prompt.text].text, found[prompt.text].finish) == (str(tokens[20:]), "length")
 
 
 def test_generations_follow_the_models_law_and_keep_the_stop_token(served):
