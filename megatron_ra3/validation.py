@@ -52,6 +52,7 @@ def validate(config: RunConfig) -> None:
             f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
             "installed)"
         )
+    _check_staleness(config)
     if engine.block_size % 32:
         raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
     if config.em.rounds and not config.mstep.steps and not config.estep.steps:
@@ -111,6 +112,7 @@ _NOT_NEGATIVE = (
     "objective.line_gradient",
     "objective.format_penalty",
     "estep.window",
+    "estep.max_staleness_steps",
     "em.rounds",
     "evaluate.samples_shown",
     "signatures.max_thinking_loss_nats",
@@ -139,6 +141,22 @@ _FRACTIONS = (
     "signatures.min_effective_samples",
     "engine.memory_fraction",
 )
+
+
+def _check_staleness(config: RunConfig) -> None:
+    """Refuse an overlap that there cannot be, and the emulation of one that is not asked for."""
+    steps, engine = config.estep.max_staleness_steps, config.engine
+    if config.estep.lockstep and not steps:
+        raise ValueError(
+            "estep.lockstep=true with estep.max_staleness_steps=0: there is no staleness to emulate; raise the latter, "
+            "or set estep.lockstep=false"
+        )
+    if steps and not config.estep.lockstep and engine.resolved_kind == "inprocess":
+        raise ValueError(
+            f"estep.max_staleness_steps={steps} with engine.kind={engine.kind}, which here is inprocess: sampling and "
+            "training share the trainer's own forward passes and cannot overlap; set engine.kind=vllm (vllm must be "
+            "installed) or estep.max_staleness_steps=0, or estep.lockstep=true to study staleness without any gain"
+        )
 
 
 def _check_objective(config: RunConfig) -> None:
