@@ -56,6 +56,9 @@ class FakeFleet:
     def lead(self, work: Callable[[], T]) -> T:
         return work()
 
+    def take_counts(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         self.closed = True
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.rollout.ahead import THREAD_NAME, Ahead, Taken
 from megatron_ra3.rollout.engine import EngineError
-from megatron_ra3.rollout.fleet import Servers
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats, SamplingStoppedError
 from megatron_ra3.rollout.staleness import Staleness, staleness, steps_to_begin
 from megatron_ra3.rollout.vllm_engine import _weight_version
 from megatron_ra3.run import StopRequestedError
 from tests.distributed import run_ranks
-from tests.fake_fleet import FakeFleet
+from tests.fake_fleet import FakeFleet, T
 from tests.small import make_config
 
 SHORT = ("engine.kind=vllm", "warmup.steps=1", "estep.steps=5", "mstep.steps=1", "evaluate.snippets=2")
@@ -121,6 +121,35 @@ def test_steps_are_used_in_the_order_they_began_and_errors_come_where_they_would
     assert ahead.stream_before == {"position": -2}
     with pytest.raises(EngineError, match="http://e is gone"):
         ahead.use()
+    assert (ahead.begun, ahead.stream_before) == (2, {"position": -2})
+    ahead.close()
+
+
+def test_a_leader_that_has_its_engines_back_asks_again():
+    """What failed is sampled anew, in its place; nothing is skipped."""
+    sampler = SlowSampler()
+    sampler.answers.release(9)
+    failures = iter([EngineError("engine http://e is gone")] * 2)
+
+    def lead_on(work: Any) -> Any:
+        while True:
+            try:
+                return work()
+            except EngineError:
+                continue
+
+    def sampler_of_lost_engines(_snippets: Any, *, seed: int) -> Any:
+        for failure in failures:
+            raise failure
+        return SlowSampler.sample(sampler, _snippets, seed=seed)
+
+    sampler.sample = sampler_of_lost_engines  # type: ignore[method-assign]
+    ahead = Ahead(lead_on, lambda: sampler, overlaps=True, timeout_s=20.0)  # type: ignore[arg-type, return-value]
+    for seed in (1, 2):
+        ahead.begin(_taken(seed), seed=seed)
+    for seed in (1, 2):
+        taken, sampled = ahead.use()
+        assert (taken.stream_before, sampled.groups[0][0].weight_versions[0]) == ({"position": seed}, seed)
     ahead.close()
 
 
@@ -164,7 +193,7 @@ def fleets(monkeypatch: pytest.MonkeyPatch) -> list[FakeFleet]:
     """Every engine that runs open from here on, in order."""
     opened: list[FakeFleet] = []
 
-    def open_engine(_config: Any, _trainer: Any, latent_format: Any, _folder: Any) -> FakeFleet:
+    def open_engine(_config: Any, _trainer: Any, latent_format: Any, _folder: Any, **_options: Any) -> FakeFleet:
         opened.append(FakeFleet(latent_format))
         return opened[-1]
 
@@ -177,7 +206,7 @@ def synchronous(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A finished run that samples nothing ahead."""
     config = _config(small_corpus, tmp_path_factory.mktemp("synchronous"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "open_engine", lambda _c, _t, latent_format, _f: FakeFleet(latent_format))
+        patch.setattr(run_module, "open_engine", lambda _c, _t, latent_format, _f, **_o: FakeFleet(latent_format))
         midtrain(config)
     assert {record["max_staleness"] for record in _esteps(config)} == {0}
     return config
@@ -259,7 +288,7 @@ def test_a_failing_update_ends_the_run_at_once_and_loses_nothing(
 def test_an_engine_of_old_weights_is_found_out(small_corpus, tmp_path, monkeypatch):
     """The bound allows them once."""
 
-    def open_engine(_config: Any, _trainer: Any, latent_format: Any, _folder: Any) -> FakeFleet:
+    def open_engine(_config: Any, _trainer: Any, latent_format: Any, _folder: Any, **_options: Any) -> FakeFleet:
         return FakeFleet(latent_format, lambda fleet: setattr(fleet, "version", FIRST_ESTEP_VERSION - 1))
 
     monkeypatch.setattr(run_module, "open_engine", open_engine)
@@ -292,18 +321,20 @@ def test_an_engine_that_fails_ahead_ends_the_run_where_its_rollouts_are_due(
 class FleetOfALeader(FakeFleet):
     """As `Servers`: one rank of a replica asks, the others are told."""
 
-    lead = Servers.lead  # type: ignore[assignment]
-
     def __init__(self, layout: ParallelLayout, latent_format: LatentFormat) -> None:
         super().__init__(latent_format)
         self.layout = layout
+
+    def lead(self, work: Callable[[], T]) -> T:
+        result: T = self.layout.broadcast_in_replica(work() if self.layout.is_replica_leader else None)
+        return result
 
 
 def _run_on_a_leaders_fleet(config: RunConfig) -> list[str]:
     """Which threads of this rank have asked."""
     opened: list[FleetOfALeader] = []
 
-    def open_engine(_config: Any, trainer: Any, latent_format: Any, _folder: Any) -> FleetOfALeader:
+    def open_engine(_config: Any, trainer: Any, latent_format: Any, _folder: Any, **_options: Any) -> FleetOfALeader:
         opened.append(FleetOfALeader(trainer.layout, latent_format))
         return opened[-1]
 

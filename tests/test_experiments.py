@@ -28,6 +28,7 @@ from megatron_ra3.report.experiments import (
     write_results,
 )
 from megatron_ra3.report.plots import Panel, _draw_panel, draw
+from tests.small import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -242,11 +243,14 @@ def test_granularities_are_compared_with_their_own_ntp():
 
 
 def test_asynchronous_esteps_are_compared_with_synchronous_ones_for_real(small_corpus, tmp_path, monkeypatch):
-    """In this process, where nothing can overlap: staleness in lock-step."""
-    script = _load("asynchronous/run")
+    """In this process, where nothing can overlap, with a tiny model: staleness in lock-step."""
+    script, tiny = _load("asynchronous/run"), tmp_path / "tiny"
+    tiny.mkdir()
+    (tiny / "config.json").write_text(json.dumps(MODEL))
 
     def midtrain_here(_shared: Any, folder: Path, corpus: Path, model: Path, *settings: str) -> None:
-        places = [f"run_folder={folder}", f"corpus.folder={corpus}", f"model.folder={model}"]
+        start = model if model.is_relative_to(tmp_path) else tiny
+        places = [f"run_folder={folder}", f"corpus.folder={corpus}", f"model.folder={start}"]
         if not (folder / "summary.json").is_file():
             midtrain(load_config(EXAMPLES / "quickstart" / "run.yaml", [*places, *settings]))
 
@@ -254,7 +258,8 @@ def test_asynchronous_esteps_are_compared_with_synchronous_ones_for_real(small_c
     bases, out = tmp_path / "bases", tmp_path / "out"
     bases.mkdir()
     (bases / "stdlib-small-corpus").symlink_to(small_corpus)
-    settings = ["--base-set=evaluate.snippets=3", "--set=estep.steps=4", "--set=em.rounds=1", "--set=mstep.steps=1"]
+    base = ["--base-set=evaluate.snippets=3", "--base-set=corpus.max_snippet_tokens=80"]
+    settings = [*base, "--set=estep.steps=4", "--set=em.rounds=1", "--set=mstep.steps=1"]
     command = ["run.py", "--corpus", "stdlib", "--small", "--out", str(out), "--bases", str(bases), "--seeds", "4"]
     monkeypatch.setattr(sys, "argv", [*command, "--staleness", "2", *settings])
     script.main()

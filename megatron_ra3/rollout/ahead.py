@@ -53,6 +53,15 @@ class Sampled:
     waited_s: float
 
 
+@dataclass(slots=True)
+class _Step:
+    """How a step is sampled, what comes of it, and whether that was an error."""
+
+    sample: Callable[[], Sampled]
+    rollouts: Future[Sampled]
+    has_failed: bool = False
+
+
 class Ahead:
     """The steps whose sampling has begun, in the order of their use. `begin` and `use` are collective over a replica.
 
@@ -70,7 +79,7 @@ class Ahead:
         self._pool = ThreadPoolExecutor(1, THREAD_NAME) if overlaps else None
         self._last: Sampler | None = None
         self._taken: deque[Taken] = deque()
-        self._rollouts: deque[Future[Sampled]] = deque()  # where the engine is
+        self._steps: deque[_Step] = deque()  # where the engine is
 
     @property
     def begun(self) -> int:
@@ -107,20 +116,26 @@ class Ahead:
             groups = sampler.sample(snippets, seed=seed)
             return Sampled(groups, sampler.stats, time.monotonic() - started)
 
+        self._steps.append(_Step(sample, self._run(sample)))
+
+    def _run(self, sample: Callable[[], Sampled]) -> Future[Sampled]:
         if self._pool is not None:
-            self._rollouts.append(self._pool.submit(sample))
-        else:
-            done: Future[Sampled] = Future()
-            done.set_result(sample())
-            self._rollouts.append(done)
+            return self._pool.submit(sample)
+        done: Future[Sampled] = Future()
+        done.set_result(sample())
+        return done
 
     def _await(self) -> Sampled:
-        rollouts = self._rollouts.popleft()
-        if self._pool is None:
-            return rollouts.result()
+        """The oldest step's rollouts. Called again after an error, it has them sampled anew."""
+        step = self._steps[0]
+        if step.has_failed:
+            step.rollouts = self._run(step.sample)
         ACTIVITY.moved("waiting for rollouts sampled ahead")
         started = time.monotonic()
-        wait([rollouts], self._timeout_s)
-        if not rollouts.done():
+        wait([step.rollouts], self._timeout_s)
+        if not step.rollouts.done():
             raise EngineError(f"the rollouts of a step were not sampled within parallel.timeout_s={self._timeout_s:g}")
-        return replace(rollouts.result(), waited_s=time.monotonic() - started)
+        step.has_failed = True
+        sampled = step.rollouts.result()
+        self._steps.popleft()
+        return sampled if self._pool is None else replace(sampled, waited_s=time.monotonic() - started)
