@@ -139,6 +139,12 @@ class EStepConfig:
     learning_rate: float = 1e-4
     window: int = 0
     """Lines scored ahead per gate request; 1: line by line; 0: from the running think rate."""
+    max_staleness_steps: int = 0
+    """If positive, coming steps are sampled while this one is scored and updated (needs servers): no latent of an
+    update is sampled with weights more than so many updates old. 0: every step waits for its own rollouts."""
+    lockstep: bool = False
+    """Staleness without overlap, for study: every step is sampled exactly `max_staleness_steps` updates before its own
+    (the first ones of a phase with the weights at its start), while all wait. Works with any engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

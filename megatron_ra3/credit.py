@@ -19,24 +19,32 @@ from megatron_ra3.presets import ObjectiveConfig
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """`items` without repetition, how often each was drawn (`counts`), and which items a group's rollouts are."""
+    """`items` without repetition, how often each was drawn (`counts`), and which items a group's rollouts are.
+
+    Equal rollouts whose latents were sampled with other weights are items of their own: their importance weights
+    differ. `alike` says which item of the group was the first with the same tokens: rewards are taken from there.
+    """
 
     items: list[Trajectory]
     counts: list[int]
     groups: list[list[int]]
+    alike: list[int]
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Trajectory]]) -> Rollouts:
         """From every snippet's G rollouts."""
-        rollouts = cls([], [], [])
+        rollouts = cls([], [], [], [])
         for group in groups:
-            index_of: dict[tuple[int, ...], int] = {}
+            index_of: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+            first_of: dict[tuple[int, ...], int] = {}
             members = []
             for item in group:
-                index = index_of.setdefault(tuple(item.token_ids), len(rollouts.items))
+                tokens = tuple(item.token_ids)
+                index = index_of.setdefault((tokens, tuple(item.weight_versions)), len(rollouts.items))
                 if index == len(rollouts.items):
                     rollouts.items.append(item)
                     rollouts.counts.append(0)
+                    rollouts.alike.append(first_of.setdefault(tokens, index))
                 rollouts.counts[index] += 1
                 members.append(index)
             rollouts.groups.append(members)
@@ -48,10 +56,11 @@ class Rollouts:
         """Per item [T] the advantage of each line's latent, from its rewards [T] (see `objective.advantages`)."""
         advantages = [torch.zeros_like(item) for item in rewards]
         for members in self.groups:
-            stacked = torch.stack([rewards[index] for index in members])
+            alike = [self.alike[index] for index in members]
+            stacked = torch.stack([rewards[index] for index in alike])
             without = None
             if without_rationale is not None:
-                without = torch.stack([without_rationale[index] for index in members])
+                without = torch.stack([without_rationale[index] for index in alike])
             for index, advantage in zip(members, objective.advantages(stacked, without, settings), strict=True):
                 advantages[index] = advantage
         return advantages

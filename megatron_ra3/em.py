@@ -37,11 +37,14 @@ def warmup(run: Run, phase: Phase) -> Metrics:
     return _next_token(run, phase, config, [run.format.render(item, observe=observe) for item in snippets])
 
 
-def estep(run: Run, _phase: Phase) -> Metrics:
-    """One policy-gradient step: sample G rollouts per snippet, reward them with the likelihood of the real lines."""
+def estep(run: Run, phase: Phase) -> Metrics:
+    """One policy-gradient step: sample G rollouts per snippet, reward them with the likelihood of the real lines.
+
+    With `estep.max_staleness_steps` they were sampled while earlier steps were updated, and those of later ones begin.
+    """
     run.sync_engine()
-    snippets = run.next_snippets(run.config.estep.snippets_per_step)
-    groups = run.sample(snippets, run.config.estep.rollouts_per_snippet)
+    run.begin_sampling(phase.steps - run.progress.step)
+    groups = run.take_rollouts()
     return run.estep.update(groups) | run.sampling_metrics()
 
 

@@ -19,10 +19,12 @@ from megatron_ra3.lifecycle import DurableRun
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.mstep import NextToken
+from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import global_means
 from megatron_ra3.report.signatures import Detector
-from megatron_ra3.rollout.engine import refuse_other_weights
+from megatron_ra3.rollout.ahead import Ahead, Sampled, Taken
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
+from megatron_ra3.rollout.staleness import Staleness, staleness, steps_to_begin
 from megatron_ra3.schedule import phases
 
 
@@ -55,6 +57,9 @@ class Run(DurableRun[RunConfig]):
         self.next_token = NextToken(assembly.trainer, layout, assembly.format, tokens)
         super().__init__(config, assembly, phases(config), data=self.train.manifest_sha256, detector=Detector(config))
         self.annotated = AnnotatedStore(self.folder / "annotated", layout.dp_rank)
+        self._ahead: Ahead | None = None
+        self._sampled: tuple[Sampled, Staleness] | None = None
+        self._dropped = 0
         self._samplers: dict[int, Sampler] = {}
         self._think_rates: dict[int, float] = {}
 
@@ -62,12 +67,12 @@ class Run(DurableRun[RunConfig]):
 
     def next_snippets(self, count: int) -> list[Snippet]:
         """Return this replica's share of the next `count` training snippets."""
-        return self._take(self.train, count)
+        return self._use(self._take(self.train, count))
 
     def heldout_snippets(self) -> list[Snippet]:
         """Return this replica's share of the held-out snippets, the same at every evaluation."""
         self.heldout.load_state_dict(self._heldout_start)
-        return self._take(self.heldout, min(self.config.evaluate.snippets, len(self.heldout)))
+        return self._use(self._take(self.heldout, min(self.config.evaluate.snippets, len(self.heldout))))
 
     def put_annotated(self, trajectories: Sequence[Trajectory]) -> None:
         """Keep bootstrapped snippets for the M-step."""
@@ -96,6 +101,29 @@ class Run(DurableRun[RunConfig]):
         if self.samples_latents:
             super().sync_engine()
 
+    def begin_sampling(self, steps_left: int) -> None:
+        """Begin this E-step's rollouts, and those of coming ones that the live weights are fresh enough for.
+
+        Args:
+            steps_left: of the phase, this step included.
+        """
+        ahead, settings = self._open_ahead(), self.config.estep
+        bound = settings.max_staleness_steps
+        for _ in range(steps_to_begin(ahead.begun, steps_left=steps_left, max_staleness_steps=bound)):
+            seed = self._seed(ahead.begun)
+            ahead.begin(self._take(self.train, settings.snippets_per_step), seed=seed)
+
+    def take_rollouts(self) -> list[list[Trajectory]]:
+        """Return this E-step's rollouts per snippet, the same on every rank of the replica.
+
+        EngineError when a latent was sampled with other weights than `estep.max_staleness_steps` allows.
+        """
+        taken, sampled = self._open_ahead().use()
+        self._use(taken)
+        bound = self.config.estep.max_staleness_steps
+        self._sampled = sampled, staleness(sampled.groups, self.progress.weight_version, max_staleness_steps=bound)
+        return sampled.groups
+
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica.
 
@@ -104,29 +132,27 @@ class Run(DurableRun[RunConfig]):
         if not self.samples_latents:
             return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
         assert self._engine is not None, "sync_engine comes first"
-        seed = self.config.seed * 1_000_003 + self.progress.total_steps
-        groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
-        refuse_other_weights(
-            (
-                version
-                for group in groups
-                for item in group
-                for version, drawn in zip(item.weight_versions, item.sampled, strict=True)
-                if drawn
-            ),
-            self.progress.weight_version,
-        )
+        assert self._ahead is None or not self._ahead.begun, "the engine is in use"
+        groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=self._seed()))
+        staleness(groups, self.progress.weight_version, max_staleness_steps=0)
         return groups
 
     def sampling_metrics(self) -> dict[str, float]:
-        """What the last `sample` call cost, over all replicas, per rollout."""
-        sums = {"requests_per_rollout": (0.0, 0.0), "forced_act_rate": (0.0, 0.0)}
-        if self.layout.is_replica_leader:
-            stats = self._samplers[self.config.estep.rollouts_per_snippet].stats
-            requests = float(stats.gate_queries + stats.generate_requests)
-            sums["requests_per_rollout"] = (requests, float(stats.rollouts))
-            sums["forced_act_rate"] = (float(stats.forced_acts), float(stats.lines))
-        return global_means(self.layout, sums)
+        """What this E-step's rollouts cost, per rollout, and how stale they were; over all replicas."""
+        assert self._sampled is not None, "take_rollouts comes first"
+        (sampled, age), leads = self._sampled, self.layout.is_replica_leader
+        stats = sampled.stats
+        sums = {
+            "requests_per_rollout": (stats.requests, stats.rollouts),
+            "forced_act_rate": (stats.forced_acts, stats.lines),
+            "staleness": (age.total_steps, age.decisions),
+        }
+        metrics = global_means(self.layout, {name: (a, b) if leads else (0, 0) for name, (a, b) in sums.items()})
+        each = self.layout.gather_from_leaders((age.most_steps, sampled.waited_s))
+        return metrics | {
+            "max_staleness": max(most for most, _ in each),
+            "rollout_wait_seconds": max(waited_s for _, waited_s in each),
+        }
 
     # State
 
@@ -136,25 +162,29 @@ class Run(DurableRun[RunConfig]):
             "annotated": self.annotated.state_dict(),
             "think_rates": {str(rollouts): rate for rollouts, rate in rates.items()},
         }
-        return {"stream": self.train.state_dict(), "replicas": self.layout.gather_from_leaders(replica)}
+        return {"stream": self._stream_state(), "replicas": self.layout.gather_from_leaders(replica)}
 
     def _restore_state(self, manifest: Mapping[str, Any]) -> None:
         self.train.load_state_dict(manifest["stream"])
         self._restore_replica(manifest["replicas"])
 
     def _step_figures(self) -> dict[str, float]:
+        dropped, self._dropped = self._dropped, 0
+        stream = self._stream_state()
         return {
-            "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
-            "bad_samples": self.train.bad_samples + self.heldout.bad_samples,
+            "dropped_snippets": self.layout.sum_number_over_dp(dropped),
+            "bad_samples": stream["bad_samples"] + self.heldout.bad_samples,
             "stream_wait_seconds": self.train.take_waited_s() + self.heldout.take_waited_s(),
-            "stream_epoch": self.train.cursor.epoch,
-            "stream_position": self.train.cursor.position,
+            "stream_epoch": stream["epoch"],
+            "stream_position": stream["position"],
         }
 
     def _summary(self) -> dict[str, Any]:
         return {"mstep_tokens": self.progress.mstep_tokens}
 
     def _close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         self.train.close()
         self.heldout.close()
 
@@ -169,14 +199,42 @@ class Run(DurableRun[RunConfig]):
                 rates.setdefault(int(rollouts), []).append(rate)
         self._think_rates = {rollouts: sum(found) / len(found) for rollouts, found in rates.items()}
 
-    def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
+    def _take(self, stream: ShardStream, count: int) -> Taken:
         """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""
-        layout = self.layout
+        layout, before = self.layout, stream.state_dict()
         records = stream.take(
             count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
         )
-        self._consume(record.id for record in records)
-        return self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
+        consumed = Consumed.of(record.id for record in records)  # on the leader; the others have read nothing
+        snippets = self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
+        return Taken(snippets, consumed, self.snippet_tokenizer.take_dropped(), before)
+
+    def _use(self, taken: Taken) -> list[Snippet]:
+        """Count what was taken among the samples of this step."""
+        self._consumed = self._consumed.plus(taken.consumed)
+        self._dropped += taken.dropped
+        return taken.snippets
+
+    def _stream_state(self) -> dict[str, Any]:
+        """The place of the next sample that was not used, whatever was taken for coming steps."""
+        before = None if self._ahead is None else self._ahead.stream_before
+        return before or self.train.state_dict()
+
+    def _seed(self, steps_ahead: int = 0) -> int:
+        """Of what is sampled for this step, or for one to come."""
+        return self.config.seed * 1_000_003 + self.progress.total_steps + steps_ahead
+
+    def _open_ahead(self) -> Ahead:
+        if self._ahead is None:
+            assert self._engine is not None, "sync_engine comes first"
+            settings = self.config.estep
+            self._ahead = Ahead(
+                self._engine.lead,
+                lambda: self._sampler(settings.rollouts_per_snippet),
+                overlaps=settings.max_staleness_steps > 0 and not settings.lockstep,
+                timeout_s=self.config.parallel.timeout_s,
+            )
+        return self._ahead
 
     def _sampler(self, rollouts_per_snippet: int) -> Sampler:
         if rollouts_per_snippet not in self._samplers:

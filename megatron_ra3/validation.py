@@ -68,6 +68,7 @@ def validate(config: RunConfig) -> None:
             f"latents.max_rationale_tokens={latents.max_rationale_tokens}: a trajectory has room for {longest} at "
             f"corpus.max_snippet_tokens={config.corpus.max_snippet_tokens}; lower the former or raise the latter"
         )
+    _check_staleness(config)
     if config.em.rounds and not config.mstep.steps and not config.estep.steps:
         raise ValueError("em.rounds > 0 but estep.steps=0 and mstep.steps=0; set steps or em.rounds=0")
 
@@ -135,6 +136,7 @@ _RUN_NOT_NEGATIVE = (
     "objective.line_gradient",
     "objective.format_penalty",
     "estep.window",
+    "estep.max_staleness_steps",
     "em.rounds",
     "evaluate.samples_shown",
     "signatures.max_thinking_loss_nats",
@@ -156,6 +158,22 @@ _RUN_FRACTIONS = (
     "signatures.max_forced_act_rate",
     "signatures.min_effective_samples",
 )
+
+
+def _check_staleness(config: RunConfig) -> None:
+    """Refuse an overlap that there cannot be, and the emulation of one that is not asked for."""
+    steps, engine = config.estep.max_staleness_steps, config.engine
+    if config.estep.lockstep and not steps:
+        raise ValueError(
+            "estep.lockstep=true with estep.max_staleness_steps=0: there is no staleness to emulate; raise the latter, "
+            "or set estep.lockstep=false"
+        )
+    if steps and not config.estep.lockstep and engine.resolved_kind == "inprocess":
+        raise ValueError(
+            f"estep.max_staleness_steps={steps} with engine.kind={engine.kind}, which here is inprocess: sampling and "
+            "training share the trainer's own forward passes and cannot overlap; set engine.kind=vllm (vllm must be "
+            "installed) or estep.max_staleness_steps=0, or estep.lockstep=true to study staleness without any gain"
+        )
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,13 @@ def instance(seed: int, *, lines: int = 4) -> tuple[Model, Policy]:
     return model, leaves(tabular.random_policy(model, seed))
 
 
+def older(policy: Policy, seed: int, drift: float) -> Policy:
+    """Weights from which `policy` has moved by random steps of this standard deviation, in logits."""
+    generator = torch.Generator().manual_seed(500 + seed)
+    steps = [torch.randn(item.shape, dtype=item.dtype, generator=generator) for item in policy.tensors]
+    return Policy(*(item.detach() - drift * step for item, step in zip(policy.tensors, steps, strict=True)))
+
+
 def sticky_prior(model: Model, seed: int, keep: float = KEEP) -> Policy:
     """A sticky prior whose law of a new latent is random and differs from gate to gate."""
     return tabular.sticky(model, keep, torch.softmax(tabular.random_policy(model, 50 + seed).content, -1))
@@ -108,9 +116,9 @@ def estimates(
     logprobs = torch.cat([gate, content])
     drew = tabular.decision_logprobs(behaviour or policy, paths)
     sampling = torch.cat([objective.explored(drew[0], settings.gate_exploration), drew[1]]).detach()
-    if whole_path_weight:  # one weight for all decisions of a rollout: the product over its gates
-        gap = (gate.detach() - sampling[:group]).sum(-1, keepdim=True).repeat(2, 1, lines)
-        sampling = logprobs.detach() - gap
+    if whole_path_weight:  # one weight for all decisions of a rollout: their product
+        gap = (logprobs.detach() - sampling).view(2, group, count, lines).sum((0, 3))
+        sampling = logprobs.detach() - gap.unsqueeze(-1).repeat(2, 1, lines)
     decisions = int(drawn.sum())
     credit = torch.cat([advantage, advantage])
     loss = objective.policy_gradient_loss(
@@ -220,17 +228,23 @@ def learning(
     groups: int,
     prior: Policy | None = None,
     learning_rate: float = 0.1,
+    staleness: int = 0,
     **settings: Any,
 ) -> Iterator[float]:
-    """Adam on the gradient of `groups` sampled groups of eight, or on the exact one if 0; J after every step."""
+    """Adam on the gradient of `groups` sampled groups of eight, or on the exact one if 0; J after every step.
+
+    Groups are drawn from the policy of `staleness` steps ago.
+    """
+    drawing: deque[Policy] = deque(maxlen=staleness + 1)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.tensors, lr=learning_rate, maximize=True)
     exploration = settings.get("gate_exploration", 0.0)
     for _ in range(steps):
         if groups:
-            paths = tabular.sample_paths(policy, (8, groups), generator, exploration)
+            drawing.append(Policy(*(item.detach().clone() for item in policy.tensors)))
+            paths = tabular.sample_paths(drawing[0], (8, groups), generator, exploration)
             settings = {"max_importance_weight": 2.0, **settings}
-            found = estimates(model, policy, paths, prior=prior, **settings)[0].mean(0)
+            found = estimates(model, policy, paths, prior=prior, behaviour=drawing[0], **settings)[0].mean(0)
         else:
             found = gradient(tabular.value(model, policy, exploration, prior), policy, exploration)
         policy.gate.grad, policy.content.grad = found[..., 0], found[..., 1:]

@@ -202,6 +202,21 @@ def credited_value(
     return total
 
 
+def weighted_value(model: Model, policy: Policy, behaviour: Policy, exploration: float = 0.0) -> Tensor:
+    """Surrogate whose gradient one importance weight per decision has, on paths of an exploring `behaviour`.
+
+    The sum over decisions, gates and new latents apart, of E sum_{k>=t} r_k, in which that decision alone follows
+    `policy`.
+    """
+    paths = all_paths(model)
+    gate, content = (item.detach() for item in decision_logprobs(behaviour, paths))
+    gate = torch.log((1 - exploration) * torch.exp(gate) + exploration / 2)
+    drawn = (gate + content).sum(-1, keepdim=True)
+    credit = line_values(model, paths).flip(-1).cumsum(-1).flip(-1)
+    own = zip(decision_logprobs(policy, paths), (gate, content), strict=True)
+    return sum(((torch.exp(drawn + new - old) * credit).sum() for new, old in own), torch.zeros(()))
+
+
 def value_by_recursion(model: Model, policy: Policy, prior: Policy | None = None) -> Tensor:
     """J(q) once more, by V_t(z') = sum over decisions, backwards over lines."""
     after = torch.zeros(model.latents + 1, dtype=torch.float64)

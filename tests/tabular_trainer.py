@@ -67,16 +67,16 @@ class TabularTrainer:
         return torch.nn.functional.logsigmoid(-logit) + (t + 1) * self.model.emission[t, current]
 
 
-def trajectory(model: Model, paths: Paths, behaviour: tuple[Tensor, Tensor]) -> Trajectory:
-    """One path [T] as tokens, with the behaviour's log-probs of gates and latents."""
+def trajectory(model: Model, paths: Paths, behaviour: tuple[Tensor, Tensor], *, weight_version: int = 0) -> Trajectory:
+    """One path [T] as tokens, with the behaviour's log-probs of gates and latents, and its version."""
     lines = tuple((LINE + t,) * (t + 1) for t in range(model.lines))
     item = FORMAT.begin(Snippet("s", (EOS,), lines, (None,) * model.lines))
     gates, contents = (values.tolist() for values in behaviour)
     for t, line in enumerate(lines):
         if paths.thought[t]:
-            FORMAT.append_think(item, logprob=gates[t])
+            FORMAT.append_think(item, logprob=gates[t], weight_version=weight_version)
             tokens = (LATENT + int(paths.after[t]), NEWLINE)
-            FORMAT.append_rationale(item, tokens, line, logprobs=(contents[t], 0.0))
+            FORMAT.append_rationale(item, tokens, line, logprobs=(contents[t], 0.0), weight_version=weight_version)
         else:
-            FORMAT.append_act(item, line, logprob=gates[t])
+            FORMAT.append_act(item, line, logprob=gates[t], weight_version=weight_version)
     return item

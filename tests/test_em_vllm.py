@@ -52,11 +52,21 @@ def test_a_run_against_vllm_keeps_parity_over_every_sync_and_resumes(small_corpu
     assert not _servers(run)
 
 
-def test_two_replicas_sample_with_a_server_each(small_corpus, tmp_path):
-    done = _midtrain(tmp_path, small_corpus, "parallel.tensor=1", "estep.steps=2")
+def test_two_replicas_sample_ahead_with_a_server_each(small_corpus, tmp_path):
+    settings = ("parallel.tensor=1", "estep.steps=4", "estep.max_staleness_steps=1", "objective.gate_exploration=0.5")
+    done = _midtrain(tmp_path, small_corpus, *settings)
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["mismatch"] < 1e-4 for record in metrics if record["phase"] == "estep")
+    first, *others = [record for record in metrics if record["phase"] == "estep"]
+    assert (first["max_staleness"], len(others)) == (0, 3)
+    assert first["mismatch"] < 1e-4
+    assert any(record["staleness"] > 0 for record in others)
+    for record in others:
+        assert record["max_staleness"] <= 1
+        # Of a fresh decision rounding is left, of a stale one what an update has moved.
+        assert record["mismatch"] < (0.1 if record["staleness"] else 1e-4)
+    assert [record["samples"] for record in metrics] == [4] * 2 + [2] * 4 + [3] * 5
+    assert [record["stream_position"] for record in metrics][:8] == [4, 8, 10, 12, 14, 16, 19, 22]
     stores = [tmp_path / "run" / "annotated" / f"replica-0000{rank}.jsonl" for rank in (0, 1)]
     ids = [[json.loads(line)["snippet_id"] for line in store.read_text().splitlines()] for store in stores]
     assert [len(each) for each in ids] == [4, 2]

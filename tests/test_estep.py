@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ra3.corpus.actions import regroup
+from megatron_ra3.credit import Rollouts
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import Kind, LatentFormat, Snippet, Surface, Trajectory
 from megatron_ra3.model import names, parallel
@@ -302,6 +303,18 @@ def test_rollouts_that_do_not_differ_leave_the_weights_alone(world):
     metrics = estep.update([[group[0]] * 4 for group in groups])
     assert (metrics["loss"], metrics["grad_norm"]) == (0.0, 0.0)
     assert all(torch.equal(moved[name], tensor) for name, tensor in weights(world.trainer).items())
+
+
+def test_equal_rollouts_of_different_weights_are_rewarded_alike(world):
+    """To the last bit: else what is left of rounding would pass for an advantage."""
+    fmt = FORMATS["newline"]
+    one, other = (_rollout(fmt, _lines(0), 1) for _ in range(2))
+    other.weight_versions = [version + 1 for version in other.weight_versions]
+    rollouts = Rollouts.of([[one, other, one]])
+    assert (len(rollouts.items), rollouts.counts, rollouts.groups) == (2, [2, 1], [[0, 1, 0]])
+    rewards = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    for advantage in rollouts.advantages([rewards, rewards + 1e-6], None, CONFIG):
+        assert not advantage.any()
 
 
 @pytest.mark.parametrize("baseline", ["group", "counterfactual", "both"])

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from megatron_ra3.config import load_config
+from megatron_ra3.em import midtrain
 from megatron_ra3.report.experiments import (
     Column,
     Estimate,
@@ -26,6 +28,7 @@ from megatron_ra3.report.experiments import (
     write_results,
 )
 from megatron_ra3.report.plots import Panel, _draw_panel, draw
+from tests.small import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -237,6 +240,36 @@ def test_granularities_are_compared_with_their_own_ntp():
         {"nats_code_only": 2.0, "seconds": 9.0}, {"nats_code_only": 2.5, "seconds": 4.0}
     )
     assert found == {"nats_code_only": 2.0, "seconds": 9.0, "ntp_nats_code_only": 2.5, "ntp_seconds": 4.0, "gain": 0.5}
+
+
+def test_asynchronous_esteps_are_compared_with_synchronous_ones_for_real(small_corpus, tmp_path, monkeypatch):
+    """In this process, where nothing can overlap, with a tiny model: staleness in lock-step."""
+    script, tiny = _load("asynchronous/run"), tmp_path / "tiny"
+    tiny.mkdir()
+    (tiny / "config.json").write_text(json.dumps(MODEL))
+
+    def midtrain_here(_shared: Any, folder: Path, corpus: Path, model: Path, *settings: str) -> None:
+        start = model if model.is_relative_to(tmp_path) else tiny
+        places = [f"run_folder={folder}", f"corpus.folder={corpus}", f"model.folder={start}"]
+        if not (folder / "summary.json").is_file():
+            midtrain(load_config(EXAMPLES / "quickstart" / "run.yaml", [*places, *settings]))
+
+    monkeypatch.setattr(script.Experiment, "midtrain", midtrain_here)
+    bases, out = tmp_path / "bases", tmp_path / "out"
+    bases.mkdir()
+    (bases / "stdlib-small-corpus").symlink_to(small_corpus)
+    base = ["--base-set=evaluate.snippets=3", "--base-set=corpus.max_snippet_tokens=80"]
+    settings = [*base, "--set=estep.steps=4", "--set=em.rounds=1", "--set=mstep.steps=1"]
+    command = ["run.py", "--corpus", "stdlib", "--small", "--out", str(out), "--bases", str(bases), "--seeds", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--staleness", "2", *settings])
+    script.main()
+    synchronous, stale = json.loads((out / "results.json").read_text())["records"]
+    assert (synchronous["staleness"], synchronous["max_staleness"]) == (0.0, 0)
+    assert (stale["staleness"], stale["max_staleness"]) == ((0 + 1 + 2 + 2) / 4, 2)
+    assert synchronous["mismatch"] < 1e-5 < stale["mismatch"]
+    assert stale["nats_code_only_minus"] == stale["nats_code_only"] - synchronous["nats_code_only"] != 0
+    assert stale["speedup"] == synchronous["estep_seconds_each"] / stale["estep_seconds_each"]
+    assert _png_pixels(out / "esteps.png")[0] > 600
 
 
 def test_ntp_gets_the_updates_of_the_m_steps(tmp_path):

@@ -27,6 +27,7 @@ from tests.estimator import (
     instance,
     learn,
     no_baseline,
+    older,
     prior_of,
     relative,
     share_of_optimum,
@@ -230,6 +231,82 @@ def test_content_learns_from_explored_thoughts_at_the_rate_they_are_drawn():
     assert (expected[1:] / truth[1:]).tolist() == pytest.approx([(0.9 * think + 0.05) / think] * 3, rel=1e-9)
 
 
+# --- latents of older weights
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_weights_per_decision_make_each_stale_decision_right(seed, exploration):
+    """Exactly, also where weights change between the lines of a rollout; without weights it is far off."""
+    model, policy = instance(seed, lines=2)
+    first, second = older(policy, seed, 0.2), older(policy, seed + 10, 0.1)
+    changing = (torch.stack([a[0], b[1]]) for a, b in zip(first.tensors, second.tensors, strict=True))
+    behaviour = Policy(*changing)
+    truth = gradient(tabular.weighted_value(model, policy, behaviour, exploration), policy)
+    paths, probability = every_group(model, behaviour, 2, exploration)
+    stale = {"behaviour": behaviour, "gate_exploration": exploration}
+    expected = averaged(probability, estimates(model, policy, paths, **stale)[0])
+    assert torch.allclose(expected, truth, rtol=0, atol=1e-12)
+    truncated = averaged(probability, estimates(model, policy, paths, max_importance_weight=2.0, **stale)[0])
+    assert torch.allclose(truncated, expected, rtol=0, atol=1e-12)  # no weight is so large
+    unweighted = averaged(probability, estimates(model, policy, paths)[0])
+    assert relative(unweighted - truth, truth) > 0.015
+
+
+def test_what_older_weights_leave_is_first_order_in_the_drift():
+    """What precedes and follows a decision stays that of the older weights; only the whole path's weight undoes it."""
+    model, policy = instance(0, lines=2)
+    truth = gradient(tabular.value(model, policy), policy)
+    for drift in (0.01, 0.03, 0.1):
+        behaviour = older(policy, 0, drift)
+        paths, probability = every_group(model, behaviour, 2)
+        by_decision, unweighted, by_path = (
+            relative(averaged(probability, estimates(model, policy, paths, **options)[0]) - truth, truth) / drift
+            for options in ({"behaviour": behaviour}, {}, {"behaviour": behaviour, "whole_path_weight": True})
+        )
+        assert by_decision == pytest.approx(0.465, abs=0.01)
+        assert unweighted == pytest.approx(1.03, abs=0.01)
+        assert by_path < 1e-9
+
+
+def test_truncation_cuts_what_drifted_far_and_nothing_else():
+    model, policy = instance(3, lines=2)
+    paths, probability = every_group(model, older(policy, 3, 0.6), 2)
+    plain, truncated, masked = (
+        averaged(probability, estimates(model, policy, paths, behaviour=older(policy, 3, 0.6), **options)[0])
+        for options in ({}, {"max_importance_weight": 2.0}, {"max_importance_weight": 2.0, "importance_weight": "mask"})
+    )
+    assert 0.05 < relative(truncated - plain, plain) < relative(masked - plain, plain) < 0.9
+
+
+def test_equal_rollouts_of_different_weights_keep_their_own_importance():
+    """The whole E-step over every group of three, one of them drawn by older weights than the others."""
+    model, policy = instance(0, lines=1)
+    laws = [older(policy, 0, 0.5), older(policy, 1, 0.2)]
+    paths = tabular.all_paths(model)
+    numbers = range(len(paths.thought))
+    drawn = [[item.detach() for item in tabular.decision_logprobs(law, paths)] for law in laws]
+    probability = [torch.exp(gate + content).sum(-1).tolist() for gate, content in drawn]
+    items = [
+        [trajectory(model, paths[torch.tensor(i)], (gate[i], content[i]), weight_version=v) for i in numbers]
+        for v, (gate, content) in enumerate(drawn)
+    ]
+    trainer = TabularTrainer(model, policy)
+    estep = EStep(ObjectiveConfig(penalty=model.penalty), 1e-4, trainer, LAYOUT, FORMAT, micro_batch_tokens=20)
+    expected = torch.zeros_like(trainer.found)
+    for a, b, c in itertools.product(numbers, repeat=3):
+        trainer.found.zero_()
+        group = [items[0][a], items[1][b], items[1][c]]
+        assert (estep.update([group])["grad_norm"] > 0) == (len({a, b, c}) > 1)
+        decisions = sum(sum(item.sampled) for item in group)
+        expected -= probability[0][a] * probability[1][b] * probability[1][c] * trainer.found * decisions / 3
+    truth = sum(
+        share * gradient(tabular.weighted_value(model, policy, law), policy)
+        for share, law in zip((1 / 3, 2 / 3), laws, strict=True)
+    )
+    assert relative(expected - truth, truth) < 1e-6
+
+
 # --- sampled rollouts
 
 
@@ -263,6 +340,13 @@ def test_learning_reaches_the_viterbi_optimum(seed, groups):
     model, policy = instance(seed)
     assert share_of_optimum(model, policy) < 0.45
     learn(model, policy, 400, groups=groups)
+    assert 0.99 < share_of_optimum(model, policy) < 1.0
+
+
+def test_learning_from_older_weights_reaches_it_too():
+    """Four steps old, of about 0.1 in every logit."""
+    model, policy = instance(3)
+    learn(model, policy, 400, groups=32, staleness=4)
     assert 0.99 < share_of_optimum(model, policy) < 1.0
 
 

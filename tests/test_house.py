@@ -42,6 +42,8 @@ FORBIDDEN_IMPORTS = {
     "corpus/lines.py": HEAVY,
     "presets.py": HEAVY,
     "report/signatures.py": HEAVY,
+    "rollout/ahead.py": HEAVY,
+    "rollout/staleness.py": HEAVY,
     "rollout/sampler.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
     "objective.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
 }

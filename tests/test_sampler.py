@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,9 +15,14 @@ from scipy.stats import chisquare
 from megatron_ra3.latents import Kind, Snippet, Surface, Trajectory
 from megatron_ra3.rollout import sampler as sampler_module
 from megatron_ra3.rollout.engine import (
+    Answer,
     EngineError,
+    GateQuery,
+    GateScores,
     GenerateQuery,
     Generation,
+    Query,
+    Reply,
     StopRule,
 )
 from megatron_ra3.rollout.sampler import SamplerConfig
@@ -35,6 +42,7 @@ from tests.tabular_engine import (
     TWELVE,
     WORD,
     DisorderlyEngine,
+    Law,
     Path,
     TabularEngine,
     ThinkAt,
@@ -104,19 +112,21 @@ def chi_square_p(observed: Counter[Any], exact: dict[Path, float], statistic: An
 
 
 def assert_logprobs_follow_the_law(trajectory: Trajectory, surface: Surface, exploration: float) -> None:
-    law, tokens = LAWS[surface], tuple(trajectory.token_ids)
     assert sum(trajectory.sampled) >= len(LINES)
-    for i, kind in enumerate(trajectory.kinds):
-        if not trajectory.sampled[i]:
-            continue
-        thought = trajectory.thought[trajectory.line_index[i]]
-        if kind == Kind.GATE:
-            row_end = i + 1 if surface == "newline" and not thought else i
-            q = (1 - exploration) * law.think(tokens[:row_end]) + exploration / 2
-            exact = math.log(q if thought else 1 - q)
-        else:
-            exact = math.log(law.rationale(tokens[:i])[tokens[i]])
-        assert abs(trajectory.engine_logprobs[i] - exact) < 1e-12
+    for i, sampled in enumerate(trajectory.sampled):
+        if sampled:
+            exact = logprob_of(LAWS[surface], trajectory, i, exploration)
+            assert abs(trajectory.engine_logprobs[i] - exact) < 1e-12
+
+
+def logprob_of(law: Law, trajectory: Trajectory, i: int, exploration: float = 0.0) -> float:
+    """Of the decision that the trajectory's token `i` is."""
+    tokens, thought = tuple(trajectory.token_ids), trajectory.thought[trajectory.line_index[i]]
+    if trajectory.kinds[i] != Kind.GATE:
+        return math.log(law.rationale(tokens[:i])[tokens[i]])
+    row_end = i + 1 if law.surface == "newline" and not thought else i
+    q = (1 - exploration) * law.think(tokens[:row_end]) + exploration / 2
+    return math.log(q if thought else 1 - q)
 
 
 @pytest.mark.parametrize(("surface", "exploration", "window"), REPLAYED_CASES)
@@ -311,6 +321,75 @@ def test_weight_versions_are_those_of_the_call() -> None:
     }
     expected = {(Kind.GATE, line): version for line, version in enumerate([1, 1, 2, 4, 4, 5, 5, 6, 6, 7, 7, 8])}
     assert by_kind == expected | {(Kind.RATIONALE, 2): 3}
+
+
+class OtherLaw(Law):
+    def _numbers(self, prefix: tuple[int, ...]) -> list[float]:
+        return super()._numbers((*prefix, EOS))
+
+
+@dataclass
+class ChangingEngine(TabularEngine):
+    """Every round of answers is of other weights; if `rescores`, gates that come with a rationale are a round later."""
+
+    rescores: bool = False
+
+    def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
+        for version in itertools.cycle((0, 1)):
+            queries = [new for query in queries for new in reply(query, self._answer(query, version, stop))]
+            if not queries:
+                return
+
+    def _answer(self, query: Query, version: int, stop: StopRule) -> Answer:
+        one, other = (TabularEngine(self.law[number], number) for number in (version, 1 - version))
+        if isinstance(query, GateQuery):
+            return GateScores(one._gates(query), version)
+        drawn = one._generate(query, stop)
+        if not self.rescores:
+            return replace(drawn, gate_logprobs=one._gates(query))
+        return replace(drawn, gate_logprobs=other._gates(query), gate_version=other.version)
+
+
+def sample_changing(laws: tuple[Law, Law], count: int, *, rescores: bool) -> tuple[list[Path], list[float], int]:
+    """Paths, the product of q/b over each one's decisions for q the first law, and how many are of both versions."""
+    sampler = make_sampler(ChangingEngine(laws, rescores=rescores), "newline", 1)
+    paths, weights, mixed = [], [], 0
+    for seed in range(count):
+        ((trajectory,),) = sampler.sample([SNIPPET], seed=seed)
+        decisions = [i for i, sampled in enumerate(trajectory.sampled) if sampled]
+        versions = [trajectory.weight_versions[i] for i in decisions]
+        recorded = [trajectory.engine_logprobs[i] for i in decisions]
+        exact = [logprob_of(laws[version], trajectory, i) for i, version in zip(decisions, versions, strict=True)]
+        assert recorded == pytest.approx(exact, abs=1e-12)
+        weights.append(math.exp(sum(logprob_of(laws[0], trajectory, i) for i in decisions) - sum(recorded)))
+        paths.append(path_of(trajectory))
+        mixed += len(set(versions)) > 1
+    return paths, weights, mixed
+
+
+def after_first_think(path: Path) -> tuple[Any, ...]:
+    """Where the first rationale stands, what it says, and whether the next line has one too."""
+    line = first_think(path)
+    return (line, *path[line : line + 1], *pattern(path[line + 1 : line + 2]))
+
+
+def test_weights_that_change_on_the_way_are_undone_by_the_recorded_log_probs() -> None:
+    """Each decision is of the version it carries; weighted by q/b for one law q, paths have the frequencies of q."""
+    laws = (LAWS["newline"], OtherLaw("newline"))
+    sample_changing(laws, 100, rescores=True)
+    count = 5000
+    paths, weights, mixed = sample_changing(laws, count, rescores=False)
+    assert mixed > count / 2
+    expected: Counter[Any] = Counter()
+    for path, probability in enumerate_law("newline", 0.0).items():
+        expected[after_first_think(path)] += probability
+    z, unweighted = [], []
+    for cell in (cell for cell, probability in expected.items() if probability > 0.01):
+        for found, values in ((z, weights), (unweighted, [1.0] * count)):
+            hits = [w * (after_first_think(path) == cell) for w, path in zip(values, paths, strict=True)]
+            error = statistics.stdev(hits) / count**0.5
+            found.append(abs(statistics.fmean(hits) - expected[cell]) / error)
+    assert max(z) < 4 < 8 < max(unweighted)
 
 
 def test_gate_law_at_its_ends() -> None:

@@ -48,9 +48,10 @@ ADVICE = {
     "thinking_does_not_pay": "rationales cost more than they help; warm up longer on observed comments "
     "(warmup.steps={warmup.steps} now) or lower {cost}",
     "engine_mismatch": "the engine has other weights or another precision; compare model.dtype ({model.dtype} now) "
-    "with that of the servers",
+    "with that of the servers, or lower estep.max_staleness_steps ({estep.max_staleness_steps} now)",
     "few_effective_samples": "importance weights vary too much; lower objective.gate_exploration "
-    "({objective.gate_exploration:g} now) or objective.max_importance_weight ({objective.max_importance_weight:g} now)",
+    "({objective.gate_exploration:g} now), estep.max_staleness_steps ({estep.max_staleness_steps} now) or "
+    "objective.max_importance_weight ({objective.max_importance_weight:g} now)",
     "acts_forced": "sequences are full; raise corpus.max_snippet_tokens ({corpus.max_snippet_tokens} now) or lower "
     "latents.max_rationale_tokens ({latents.max_rationale_tokens} now)",
     "ce_not_falling": "noisy latents, or nothing is left to learn; raise {cost} or estep.steps "

@@ -44,13 +44,15 @@ class GenerateQuery:
 class Generation:
     """Sampled tokens with their log-probs (nats) under the sampling law; a stop token, if drawn, is included.
 
-    `gate_logprobs` are as in `GateScores`, for the query's rows.
+    All tokens are of one weight version. `gate_logprobs` are as in `GateScores`, for the query's rows, and of
+    `gate_version` where that is given: they were scored by another request then.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: int
     gate_logprobs: tuple[tuple[float, ...], ...] = ()
+    gate_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

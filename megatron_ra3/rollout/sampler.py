@@ -34,6 +34,10 @@ LINES_BEHIND_THE_THINK_RATE = 32
 """How many lines of its own a rollout needs to see for them to count as much as the running think rate."""
 
 
+class SamplingStoppedError(Exception):
+    """`Sampler.stop` was called while it sampled, or before."""
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """How latents are sampled.
@@ -151,13 +155,20 @@ class Sampler:
         self._format = latent_format
         self._config = config
         self._stop = StopRule(latent_format.stop_ids, config.max_rationale_tokens)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End a `sample` call in another thread at its next answer, and every later one, by SamplingStoppedError."""
+        self._stopped = True
 
     def sample(self, snippets: Sequence[Snippet], *, seed: int) -> list[list[Trajectory]]:
         """Per snippet its G rollouts, a function of `seed`, the snippets and the engine's law alone.
 
         Each rollout asks for its next gates or rationale as soon as it has the answer before; what is known of a past
-        is never asked again. Raises ValueError for a snippet longer than `max_sequence_tokens` without any rationale,
-        EngineError from the engine.
+        is never asked again. Where the engine's weights change on the way, every decision carries the version of its
+        own law, which may depend on what was decided before, and on other rollouts, but not on the number that decides.
+        Raises ValueError for a snippet longer than `max_sequence_tokens` without any rationale, EngineError from the
+        engine.
         """
         self.stats = SamplerStats()
         groups = self._begin(snippets, seed)
@@ -178,6 +189,8 @@ class Sampler:
             return new
 
         def reply(query: Query, answer: Answer) -> list[Query]:
+            if self._stopped:
+                raise SamplingStoppedError
             rollouts = waiting.pop(query)
             self._take(rollouts, query, answer)
             return ask(rollouts)
@@ -288,12 +301,12 @@ class Sampler:
 
     def _take(self, rollouts: Sequence[_Rollout], query: Query, answer: Answer) -> None:
         """Note the gates for all that wait for them; the rationale, if it was for those, is the first one's alone."""
-        gates = answer.gate_logprobs if isinstance(answer, Generation) else answer.logprobs
+        gates, version = _gates_of(answer)
         for past, rollout in {rollout.past: rollout for rollout in rollouts}.items():
             if past.asked == query:
                 past.asked = None
             for line, logprobs in enumerate(gates, rollout.trajectory.num_lines):
-                past.gates[line] = self._gate_law(rollout, line, logprobs, answer.weight_version)
+                past.gates[line] = self._gate_law(rollout, line, logprobs, version)
         if isinstance(answer, Generation):
             self._take_rationale(rollouts[0], query, answer)
 
@@ -352,6 +365,14 @@ class Sampler:
         longer_gate = len(self._format.think_suffix) - len(self._format.act_suffix)
         rationale = self._config.max_rationale_tokens + len(self._format.close)
         return self._tokens_if_act(rollout) + longer_gate + rationale <= self._config.max_sequence_tokens
+
+
+def _gates_of(answer: Answer) -> tuple[tuple[tuple[float, ...], ...], int]:
+    """Scored gates, and the weight version that scored them."""
+    if not isinstance(answer, Generation):
+        return answer.logprobs, answer.weight_version
+    version = answer.weight_version if answer.gate_version is None else answer.gate_version
+    return answer.gate_logprobs, version
 
 
 def _uniform(rollout: _Rollout, line: int) -> float:

@@ -206,7 +206,7 @@ class VllmEngine:
             logprobs = self._read_gates(url, query.rows, answer)
         if logprobs is None or not all(_finite(row) for row in logprobs):
             raise EngineError(f"engine {url}: gate log-probs at rows {query.rows} are not finite: {logprobs}")
-        return GateScores(logprobs, _weight_version(answer["choices"][0]))
+        return GateScores(logprobs, _weight_version(url, answer["choices"][0]))
 
     def _gate_request(self, url: str, tokens: Sequence[int], rows: Sequence[int], *, reread: bool) -> dict[str, Any]:
         """Sampling parameters that score gate rows; `reread` computes the whole prefix, cached or not."""
@@ -263,10 +263,12 @@ class VllmEngine:
             )
         if not _finite(logprobs):
             raise EngineError(f"engine {url}: log-probs of sampled tokens are not finite: {logprobs}")
+        version = gate_version = _weight_version(url, choice)
         gates: GateLogprobs | None = self._read_gates(url, query.rows, answer) if query.rows else ()
         if gates is None or not all(_finite(row) for row in gates):
-            gates = (await self._score(url, GateQuery(query.token_ids, query.rows))).logprobs
-        return Generation(tokens, logprobs, _weight_version(choice), gates)
+            scores = await self._score(url, GateQuery(query.token_ids, query.rows))
+            gates, gate_version = scores.logprobs, scores.weight_version
+        return Generation(tokens, logprobs, version, gates, gate_version)
 
     async def _ask(self, url: str, token_ids: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         status, answer = await self._post(url, token_ids, sampling)
@@ -347,7 +349,15 @@ def _finite(logprobs: Sequence[float]) -> bool:
     return all(math.isfinite(value) and value > NOT_FINITE for value in logprobs)
 
 
-def _weight_version(choice: dict[str, Any]) -> int:
-    """Version of the weights the first token was sampled with: the oldest, where they changed on the way."""
-    version = choice["weight_versions"][0]["version"]
-    return NEVER_SYNCED if version == "default" else int(version)
+def _weight_version(url: str, choice: dict[str, Any]) -> int:
+    """Version of the weights that sampled the answer; EngineError where they changed on the way.
+
+    A pause waits for open requests, except for one that was preempted: it goes on afterwards, with other weights.
+    """
+    versions = [span["version"] for span in choice["weight_versions"]]
+    if len(versions) > 1:
+        raise EngineError(
+            f"engine {url}: weights changed from version {versions[0]} to {versions[-1]} within one answer, whose "
+            "request was preempted for want of KV cache; raise engine.memory_fraction or lower engine.max_in_flight"
+        )
+    return NEVER_SYNCED if versions[0] == "default" else int(versions[0])
