@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -33,7 +34,7 @@ from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import MetricsLog, global_means
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
-from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.rollout.engine import EngineError, EnginesLostError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
 from megatron_ra3.schedule import Phase, Progress, phases
@@ -44,7 +45,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequestedError(Exception):
-    """A signal or `checkpoint.stop_after_steps` asked for an end; the state is saved."""
+    """The run has to end, by a signal, a time limit, `checkpoint.stop_after_steps` or lost engines; it is saved."""
 
 
 class Run:
@@ -119,6 +120,7 @@ class Run:
         self._save_stall_s = 0.0
         self._step_started = time.monotonic()
         self._step_label = ""
+        self._stream_before: dict[str, Any] = {}
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
@@ -158,6 +160,7 @@ class Run:
         """Step numbers of `phase` that are still to be done."""
         while self.progress.step < phase.steps:
             self._step_started = time.monotonic()
+            self._stream_before = self.train.state_dict()
             self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
             ACTIVITY.moved(self._step_label)
             yield self.progress.step
@@ -193,6 +196,7 @@ class Run:
             "phase": phase.name,
             "round": phase.round,
             **metrics,
+            **(self._engine.take_counts() if self._engine is not None else {}),
             "dropped_snippets": self.layout.sum_number_over_dp(self.snippet_tokenizer.take_dropped()),
             "bad_samples": self.train.bad_samples + self.heldout.bad_samples,
             "stream_wait_seconds": self.train.take_waited_s() + self.heldout.take_waited_s(),
@@ -285,25 +289,43 @@ class Run:
         return self.config.objective.gate != "never"
 
     def sync_engine(self) -> None:
-        """Bring the current weights to the engine, starting it on first use; idle where no latent is sampled."""
+        """Bring the current weights to the engine, starting it on first use; idle where no latent is sampled.
+
+        StopRequestedError: engines are lost, and the state is saved as it was before this step.
+        """
         if not self.samples_latents:
             return
         if self._engine is None:
-            self._engine = open_engine(self.config, self.assembly.trainer, self.format, self.assembly.initial_folder)
-        self._engine.sync(self.progress.weight_version)
+            trainer, folder = self.assembly.trainer, self.assembly.initial_folder
+            self._engine = open_engine(self.config, trainer, self.format, folder, stop_requested=self._must_stop)
+        with self._saved_where_engines_are_lost():
+            self._engine.sync(self.progress.weight_version)
 
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica.
 
-        EngineError when something was sampled with other weights than the current ones.
+        EngineError when something was sampled with other weights than the current ones. StopRequestedError as above.
         """
         if not self.samples_latents:
             return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
         assert self._engine is not None, "sync_engine comes first"
         seed = self.config.seed * 1_000_003 + self.progress.total_steps
-        groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
+        with self._saved_where_engines_are_lost():
+            groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=seed))
         _check_versions(groups, self.progress.weight_version)
         return groups
+
+    @contextlib.contextmanager
+    def _saved_where_engines_are_lost(self) -> Iterator[None]:
+        """Save what was there before this step, its snippets unused, and leave: other machines may have engines."""
+        try:
+            yield
+        except EnginesLostError as error:
+            self.train.load_state_dict(self._stream_before)
+            self.save()
+            raise StopRequestedError(
+                f"stopped after step {self.progress.total_steps}: {error}; saved, the same command goes on"
+            ) from error
 
     def sampling_metrics(self) -> dict[str, float]:
         """What the last `sample` call cost, over all replicas, per rollout."""
@@ -328,6 +350,11 @@ class Run:
         self.checkpoints.start(
             self.progress.total_steps, self._manifest, lambda folder: state.stage_state(folder, model, optimizer)
         )
+
+    def _must_stop(self) -> bool:
+        """Whether a signal or a time limit forbids to wait any longer within a step."""
+        near = self._deadline.is_near(step_s=0.0, longest_save_s=self.checkpoints.longest_save_s)
+        return bool(self._stop_reason or near)
 
     def _request_stop(self, number: int, _frame: object) -> None:
         """End after the current step; the same signal a second time ends the process at once."""
