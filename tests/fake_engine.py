@@ -49,7 +49,7 @@ class FakeEngine:
         self.aborts = self.errors = 0
         self.forgets: int | None = None
         self.answered = self.most_open = self.open = 0
-        self._requests: dict[int, web.Request] = {}
+        self._requests: dict[asyncio.Task, web.Request] = {}
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -72,9 +72,10 @@ class FakeEngine:
             return
         for site in list(runner.sites):
             site._server.close()
-        for request in self._requests.values():
+        for task, request in list(self._requests.items()):
             if request.transport is not None:
                 request.transport.abort()
+            task.cancel()
         await runner.cleanup()
 
     async def _resume(self, request: web.Request) -> web.Response:
@@ -98,7 +99,8 @@ class FakeEngine:
         sampling = body["sampling_params"]
         if "prompt_logprob_token_ids" in sampling:
             return web.json_response({"error": {"message": "needs the V2 model runner"}}, status=400)
-        self._requests[id(request)] = request
+        task = asyncio.current_task()
+        self._requests[task] = request
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
@@ -109,7 +111,7 @@ class FakeEngine:
                 await asyncio.sleep(0.01)
             return self._answer(body["token_ids"], sampling)
         finally:
-            del self._requests[id(request)]
+            del self._requests[task]
             self.open -= 1
 
     def _answer(self, token_ids, sampling) -> web.Response:

@@ -147,8 +147,9 @@ class Conversation:
         if task in self._beats:
             self._settle_beat(task)
             return
-        if task not in self._open:
-            return  # cancelled, and asked anew already
+        if task not in self._open:  # recalled and asked anew, perhaps as it failed by itself
+            _ = task.cancelled() or task.exception()
+            return
         opened = self._open.pop(task)
         self._router.done(opened.url, opened.asked.tokens)
         try:

@@ -145,6 +145,12 @@ class Roster:
                 self._moved_s += self._clock() - self._moving_since
                 self._moving_since = None
 
+    @property
+    def is_moving_weights(self) -> bool:
+        """Whether weights are being sent."""
+        with self._lock:
+            return self._moving_since is not None
+
     def at_work_s(self) -> float:
         """Seconds on a clock that stands still while weights are sent."""
         with self._lock:

@@ -32,6 +32,8 @@ DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BATCHED_TOKENS = 2048
 LOG_TAIL_LINES = 30
 SEEDS_APART = 100_003
+# Longer than the watchdog's own grace.
+STOP_TIMEOUT_S = 10.0
 BINDINGS_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 # Fields of config.json that say how a model was saved, not what it is.
 VOLATILE_CONFIG_FIELDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -129,9 +131,11 @@ class VllmServer:
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # the watchdog itself was killed: its group is left
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # the watchdog itself was killed or stopped: its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._process = None
 
     def log_tail(self) -> str:

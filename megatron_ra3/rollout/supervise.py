@@ -133,11 +133,13 @@ class Keeper:
             for kept in self._kept:
                 kept.keep()
             for url in self._elsewhere:
-                if self._roster.standing(url) == "lost" and answers(url) and self._is_back(url):
+                if self._roster.standing(url) == "lost" and not self._roster.is_moving_weights and self._is_back(url):
                     self._roster.ready(url)
 
     def _is_back(self, url: str) -> bool:
         """Whether a server computes that may still be paused by a weight sync it did not survive."""
+        if not answers(url):
+            return False
         try:
             with urllib.request.urlopen(f"{url}/resume", b"", timeout=PULSE_TIMEOUT_S):  # noqa: S310
                 return computes(url, PULSE_TIMEOUT_S, expected_model=self._expected_model)

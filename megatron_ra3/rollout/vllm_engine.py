@@ -20,6 +20,7 @@ from megatron_ra3.rollout.dispatch import Conversation, EngineGoneError, Limits,
 from megatron_ra3.rollout.engine import (
     Answer,
     EngineError,
+    EnginesLostError,
     GateQuery,
     GateScores,
     GenerateQuery,
@@ -124,7 +125,10 @@ class VllmEngine:
 
     def health(self) -> None:
         """Return when every engine answers and serves what is expected; EngineError naming the one that does not."""
-        self._runner.run(_gather([self._check_in_time(url) for url in self._roster.present()]))
+        present = self._roster.present()
+        if not present:
+            raise EnginesLostError(f"no engine is left: {self._roster.described()}")
+        self._runner.run(_gather([self._check_in_time(url) for url in present]))
 
     def close(self) -> None:
         """Release connections; the engine must not be used afterwards."""
