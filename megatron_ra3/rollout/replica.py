@@ -17,7 +17,7 @@ from megatron_ra3.config import RunConfig
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.health import Restarts, Roster
 from megatron_ra3.rollout.server import ServerConfig, answers, served_model_name
-from megatron_ra3.rollout.supervise import Keeper, KeptServer
+from megatron_ra3.rollout.supervise import FoundServer, Keeper, KeptServer
 from megatron_ra3.rollout.vllm_engine import VllmEngine
 from megatron_ra3.stall import ACTIVITY
 
@@ -54,13 +54,15 @@ class ReplicaEngines:
         self._engine: VllmEngine | None = None
         urls = [url.rstrip("/") for url in config.engine.urls[dp_rank::dp_size]]
         assert urls or not config.engine.urls, "every replica has a server; checked when the run was assembled"
+        model = served_model_name(model_folder)
         try:
             if urls:
                 self._find(urls)
             else:
                 self._start(model_folder, dp_rank)
-            self._connect(model_folder, gate_ids)
-            self._keeper = Keeper(self.roster, self._kept, urls, expected_model=served_model_name(model_folder))
+            self._connect(model, gate_ids)
+            found = [FoundServer(url, model, restart_policy(config), self.roster) for url in urls]
+            self._keeper = Keeper(self._kept, found)
             self._keeper.start()
         except BaseException:
             self.close()
@@ -117,12 +119,12 @@ class ReplicaEngines:
             if problem is not None and None not in problems:
                 raise problem
 
-    def _connect(self, model_folder: Path, gate_ids: Sequence[int]) -> None:
+    def _connect(self, model: str, gate_ids: Sequence[int]) -> None:
         settings = self._config.engine
         self._engine = VllmEngine(
             self.roster,
             gate_ids,
-            expected_model=served_model_name(model_folder),
+            expected_model=model,
             min_model_len=self._config.max_sequence_tokens,
             timeout_s=settings.request_timeout_s,
             silence_s=settings.health_interval_s,

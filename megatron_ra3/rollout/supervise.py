@@ -100,19 +100,56 @@ class KeptServer:
         self.server = server
 
 
+class FoundServer:
+    """A server that others keep running; once lost it counts as back when it computes again, after a pause.
+
+    One that is lost over and over, though it answers whenever it is asked, ends as one that is restarted in vain.
+    """
+
+    def __init__(self, url: str, expected_model: str, restarts: Restarts, roster: Roster) -> None:
+        self._url = url
+        self._expected_model = expected_model
+        self._restarts = restarts
+        self._roster = roster
+        self._back_since_s = time.monotonic()
+        self._next_look_s: float | None = None
+
+    def keep(self) -> None:
+        """Do what is due now: notice its loss, see it answer."""
+        if self._roster.standing(self._url) != "lost":
+            return
+        now = time.monotonic()
+        if self._next_look_s is None:
+            pause_s = self._restarts.next_pause_s(now - self._back_since_s)
+            if pause_s is None:
+                limit = self._restarts.limit
+                self._roster.give_up(self._url, f"lost again after engine.max_restarts={limit} returns in a row")
+                return
+            self._next_look_s = now + pause_s
+        elif now >= self._next_look_s and not self._roster.is_moving_weights and self._is_back():
+            self._back_since_s, self._next_look_s = time.monotonic(), None
+            self._roster.ready(self._url)
+
+    def _is_back(self) -> bool:
+        """Whether it computes; it may still be paused by a weight sync that it did not survive."""
+        if not answers(self._url):
+            return False
+        try:
+            with urllib.request.urlopen(f"{self._url}/resume", b"", timeout=PULSE_TIMEOUT_S):  # noqa: S310
+                return computes(self._url, PULSE_TIMEOUT_S, expected_model=self._expected_model)
+        except OSError:
+            return False
+
+
 class Keeper:
-    """A thread of a replica's leader that keeps its servers running and waits for those that others keep running.
+    """A thread of a replica's leader that brings its servers back, started here or found.
 
     It only starts processes and asks servers whether they live; weights are sent, and engines admitted, elsewhere.
     """
 
-    def __init__(
-        self, roster: Roster, kept: Sequence[KeptServer], elsewhere: Sequence[str], *, expected_model: str
-    ) -> None:
-        self._roster = roster
+    def __init__(self, kept: Sequence[KeptServer], found: Sequence[FoundServer]) -> None:
         self._kept = kept
-        self._elsewhere = elsewhere
-        self._expected_model = expected_model
+        self._servers: list[KeptServer | FoundServer] = [*kept, *found]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine-keeper", daemon=True)
 
@@ -130,21 +167,8 @@ class Keeper:
 
     def _run(self) -> None:
         while not self._closed.wait(POLL_S):
-            for kept in self._kept:
-                kept.keep()
-            for url in self._elsewhere:
-                if self._roster.standing(url) == "lost" and not self._roster.is_moving_weights and self._is_back(url):
-                    self._roster.ready(url)
-
-    def _is_back(self, url: str) -> bool:
-        """Whether a server computes that may still be paused by a weight sync it did not survive."""
-        if not answers(url):
-            return False
-        try:
-            with urllib.request.urlopen(f"{url}/resume", b"", timeout=PULSE_TIMEOUT_S):  # noqa: S310
-                return computes(url, PULSE_TIMEOUT_S, expected_model=self._expected_model)
-        except OSError:
-            return False
+            for server in self._servers:
+                server.keep()
 
 
 class _Pulse:
