@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from megatron_ra3.em import midtrain
 from tests.small import make_config
 
 pytestmark = pytest.mark.vllm
-SETTINGS = ("checkpoint.every_steps=1", "objective.gate_exploration=0")
+# Half the gates think, so that a step has hundreds of requests to die under.
+SETTINGS = ("checkpoint.every_steps=1", "objective.gate_exploration=0.5", "estep.snippets_per_step=12")
 
 
 def _samples(run: Path) -> list[tuple[Any, ...]]:
@@ -24,17 +28,28 @@ def _samples(run: Path) -> list[tuple[Any, ...]]:
     return [(item["step"], item["phase"], item["samples"], item["samples_digest"]) for item in records]
 
 
-def _engine_processes(run: Path) -> list[int]:
-    """The API servers of this run's engines, oldest first; their watchdogs end what else belongs to them."""
-    found = []
+def _engine_processes(run: Path) -> dict[int, str]:
+    """Process ids and addresses of this run's API servers; their watchdogs end what else belongs to them."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            text = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            arguments = entry.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if str(run) in text and "vllm" in text and "watchdog" not in text:
-            found.append(int(entry.parent.name))
-    return sorted(found)
+        ports = [item.partition("=")[2] for item in arguments if item.startswith("--port=")]
+        if ports and str(run) in " ".join(arguments) and "megatron_ra3.rollout.watchdog" not in arguments:
+            found[int(entry.parent.name)] = f"http://127.0.0.1:{ports[0]}"
+    return found
+
+
+def _kill_at_work(pid: int, url: str) -> None:
+    """SIGKILL a server while it has requests."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+            if re.search(r"^vllm:num_requests_running\{.*\} [1-9]", answer.read().decode(), re.MULTILINE):
+                break
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_outlives_its_engines_and_samples_with_current_weights_only(small_corpus, tmp_path):
@@ -57,10 +72,10 @@ def test_a_run_outlives_its_engines_and_samples_with_current_weights_only(small_
     for line in process.stdout:
         output.append(line)
         if "estep r1 1/3" in line:
-            first, second = _engine_processes(run)
-            os.kill(first, signal.SIGKILL)
+            first, second = _engine_processes(run).items()
+            _kill_at_work(*first)
         elif "estep r1 2/3" in line:
-            os.kill(second, signal.SIGKILL)
+            _kill_at_work(*second)
     assert process.wait() == 0
     text = "".join(output)
     assert "waiting for engines, for 900 s at most: replica 0 has no engine: http://127.0.0.1:" in text
@@ -70,6 +85,7 @@ def test_a_run_outlives_its_engines_and_samples_with_current_weights_only(small_
     served = [record for record in records if "engines_alive" in record]
     assert sum(record["engines_lost"] for record in served) == 2
     assert sum(record["engines_returned"] for record in served) >= 1
+    assert served[1]["requests_reissued"] > 0
     assert served[-1]["engines_alive"] >= 1
     assert all(record["mismatch"] < 1e-4 for record in records if record["phase"] == "estep")
     assert sum(record.get("engine_wait_seconds", 0.0) for record in served) > 1
