@@ -395,11 +395,13 @@ def test_an_engine_that_dies_while_weights_are_sent_is_dropped_and_the_others_ge
         if passes == [0, 1, 2]:
             os.kill(core, signal.SIGKILL)
 
-    sync = WeightSync(urls, backend="gloo", timeout_s=TIMEOUT_S)
+    sync = WeightSync(urls, backend="gloo", timeout_s=300.0)
+    began = time.monotonic()
     sync.send(Weights(served.first, kill), version=15)
+    assert time.monotonic() - began < 100  # nobody waits for the dead
     assert list(sync.dropped) == [dying.url]
     assert sync.urls == served.urls
-    assert sync.check(Weights(served.first)) == 2 * 5
+    assert sync.check(Weights(served.first)) == 5
     # The client finds out by itself, and asks the other one.
     assert_scores(served.first, queries, engine.gate_logprobs(queries), 15)
     sync.close()

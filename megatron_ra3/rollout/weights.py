@@ -12,12 +12,12 @@ They talk to engines by themselves, so a `VllmEngine` may sample in another thre
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import json
 import logging
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -39,7 +39,7 @@ ATTEMPTS = 2
 """Failures of a transfer that no engine explains."""
 PROBE_TIMEOUT_S = 30.0
 """How long an engine may take for a request that costs it nothing, before it counts as stuck."""
-TICK_S = 5.0
+TICK_S = 2.0
 
 T = TypeVar("T")
 
@@ -253,6 +253,7 @@ class _Fleet:
         self._probe_timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
         self._staged = staged
         self._first_rank: dict[str, int] = {}
+        self._connections: dict[str, http.client.HTTPConnection] = {}
         self.version = ""
         self.undefined = False
 
@@ -352,7 +353,23 @@ class _Fleet:
             calls = {url: pool.submit(call, url) for url in self.urls}
             while wait(calls.values(), TICK_S).not_done:
                 ACTIVITY.moved(f"weight sync: {what}")
+                for url, answer in calls.items():
+                    if not answer.done():
+                        self._hang_up_on_the_dead(url)
         return {url: answer.result() for url, answer in calls.items()}
+
+    def _hang_up_on_the_dead(self, url: str) -> None:
+        """End a call that nobody will answer: a server whose engine died listens no more, but leaves it open."""
+        connection = self._connections.get(url)
+        if connection is None or connection.sock is None:
+            return
+        try:
+            socket.create_connection((connection.host, connection.port), timeout=TICK_S).close()
+        except ConnectionRefusedError:
+            with contextlib.suppress(OSError, AttributeError):  # it has ended by itself
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
 
     def _call(
         self,
@@ -364,18 +381,22 @@ class _Fleet:
         expect_refusal: bool = False,
     ) -> Any:
         timeout_s = timeout_s or self._timeout_s
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        place = urlsplit(url)
+        kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+        connection = kind(place.hostname or "", place.port, timeout=timeout_s)
+        self._connections[url] = connection
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-                content = response.read()
-                return json.loads(content) if content else None
-        except urllib.error.HTTPError as error:
-            if expect_refusal:
-                return None
-            raise EngineError(f"engine {url} answered HTTP {error.code} to {path}: {error.read().decode()}") from error
-        except OSError as error:
+            data, headers = (None, {}) if body is None else (json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("GET" if body is None else "POST", path, data, headers)
+            response = connection.getresponse()
+            content = response.read().decode()
+        except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"engine {url}: {path} failed within timeout_s={timeout_s:g}: {error}") from error
+        finally:
+            connection.close()
+        if response.status >= 400 and not expect_refusal:
+            raise EngineError(f"engine {url} answered HTTP {response.status} to {path}: {content}")
+        return json.loads(content) if content and response.status < 400 else None
 
 
 def _by_name(checksums: dict[str, str]) -> dict[str, list[str]]:
