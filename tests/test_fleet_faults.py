@@ -75,11 +75,15 @@ def test_work_is_shared_groups_stay_together_and_no_engine_gets_more_than_it_may
     assert sum(answered) == 60
     assert min(answered) >= 8  # whole groups of 8 or 9 queries
     assert max(three[number].most_open for number in range(3)) == 4
-    three.generate([GenerateQuery((*range(64), number), seed=number) for number in range(12)])  # they begin alike
-    assert sorted(three[number].answered - 1 - answered[number] for number in range(3)) == [0, 0, 12]
     gates = three.engine.gate_logprobs([GateQuery((5, 6, 7), (0, 2))])
     assert gates[0].logprobs == tuple(tuple(gate_logprob((5, 6, 7), row, gate) for gate in GATES) for row in (0, 2))
     assert three.roster.take_counts() == {"groups_moved": three.engine._router.moves}
+
+
+def test_queries_that_begin_alike_are_a_group(fleet):
+    two = fleet(2, max_in_flight=64)
+    two.generate([GenerateQuery((*range(64), number), seed=number) for number in range(12)])
+    assert sorted(two[number].answered - 1 for number in range(2)) == [0, 12]
 
 
 def test_queries_of_an_engine_that_dies_are_answered_by_the_others(fleet):
@@ -110,32 +114,31 @@ def test_long_answers_are_as_frequent_when_engines_die_under_them(fleet):
 
 
 def test_a_silent_engine_is_lost_at_its_health_check(fleet):
-    two = fleet(2, silence_s=0.2, beat_timeout_s=0.3)
+    two = fleet(2, silence_s=0.2, beat_timeout_s=2.0)
     two[1].mute = True
     began = time.monotonic()
     two.generate()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25  # of a query's 30
     assert two.roster.standing(two.urls[1]) == "lost"
-    assert f"engine {two.urls[1]}: no answer to /health within 0.3 s" in two.roster.described()
+    assert f"engine {two.urls[1]}: no answer to /health within 2.0 s" in two.roster.described()
     two[1].mute = False
 
 
 def test_an_engine_that_answers_health_checks_alone_is_stuck(fleet):
-    two = fleet(2, timeout_s=0.8, silence_s=0.2)
+    two = fleet(2, timeout_s=3.0, silence_s=0.2, beat_timeout_s=5.0)
     two[0].hangs = True
     moves = ACTIVITY.moves
     two.generate()
     assert ACTIVITY.moves > moves + 60  # signs of life for the watchdog
-    assert f"{two.urls[0]} lost (no answer to any query within timeout_s=0.8)" in two.roster.described()
+    assert f"{two.urls[0]} lost (no answer to any query within timeout_s=3)" in two.roster.described()
     assert two.roster.take_counts()["engines_lost"] == 1
     two[0].hangs = False
 
 
 def test_an_engine_that_is_late_with_one_query_stays_and_the_query_is_asked_elsewhere(fleet):
-    two = fleet(2, timeout_s=0.6)
+    two = fleet(2, timeout_s=4.0)
     two[0].late_for = [8, 8]
-    two[0].delay_s = two[1].delay_s = 0.03
-    two.generate([GenerateQuery((8, 8), seed=1), *[GenerateQuery((1, number), seed=number) for number in range(400)]])
+    two.generate([GenerateQuery((8, 8), seed=1), *QUERIES])
     counts = two.roster.take_counts()
     two[0].late_for = []
     assert (counts["deadlines_missed"], counts["requests_reissued"]) == (1, 1)
@@ -208,12 +211,12 @@ def test_an_engine_admitted_by_another_thread_takes_part_at_once(fleet):
 
 
 def test_no_deadline_passes_while_weights_are_sent(fleet):
-    one = fleet(1, timeout_s=0.5, silence_s=0.3)
+    one = fleet(1, timeout_s=2.0, silence_s=1.0)
     one[0].paused = True
 
     def send() -> None:
         with one.roster.moving_weights():
-            time.sleep(1.5)
+            time.sleep(3.0)
             one[0].paused = False
 
     thread = threading.Thread(target=send)

@@ -120,8 +120,10 @@ class VllmEngine:
         wire = _Wire(self, stop)
         conversation = Conversation(wire, self._roster, self._router, self._limits, max_tokens=stop.max_tokens)
         before = self._router.moves
-        self._runner.run(conversation.run(queries, reply))
-        self._roster.count("groups_moved", self._router.moves - before)
+        try:
+            self._runner.run(conversation.run(queries, reply))
+        finally:
+            self._roster.count("groups_moved", self._router.moves - before)
 
     def health(self) -> None:
         """Return when every engine answers and serves what is expected; EngineError naming the one that does not."""
