@@ -130,7 +130,7 @@ def kill(servers: fleet.Servers, number: int) -> None:
     os.killpg(servers._replica._kept[number].server._process.pid, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
