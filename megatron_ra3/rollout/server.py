@@ -173,8 +173,7 @@ def computes(url: str, timeout_s: float, *, expected_model: str | None = None) -
 
     A server whose engine process hangs is up all the same. One that is paused does not sample.
     """
-    sampling = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
-    body = json.dumps({"token_ids": [0], "sampling_params": sampling}).encode()
+    body = json.dumps({"token_ids": [0], "sampling_params": {"max_tokens": 1, "detokenize": False}}).encode()
     ask = urllib.request.Request(f"{url}/inference/v1/generate", body, {"Content-Type": "application/json"})  # noqa: S310
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=timeout_s) as models:  # noqa: S310

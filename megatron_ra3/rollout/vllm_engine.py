@@ -90,6 +90,7 @@ class VllmEngine:
         self._limits = Limits(timeout_s, silence_s, beat_timeout_s)
         self._router = Router(max_in_flight)
         self._known: set[str] = set()
+        self._meetings: dict[str, asyncio.Lock] = {}
         self._native_scoring: dict[str, bool] = {}
         self._runner = asyncio.Runner()
         self._session: aiohttp.ClientSession | None = None
@@ -150,8 +151,9 @@ class VllmEngine:
 
     async def answer(self, url: str, query: Query, stop: StopRule) -> Answer:
         """One engine's answer to one query, after a look at the engine where it is new here."""
-        if url not in self._known:
-            await self._check(url)
+        async with self._meetings.setdefault(url, asyncio.Lock()):
+            if url not in self._known:
+                await self._check(url)
         if isinstance(query, GenerateQuery):
             return await self._generate(url, query, stop)
         return await self._score(url, query)
@@ -304,9 +306,10 @@ class VllmEngine:
                 return await self._send(method, url + path, timeout_s, **options)
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             was_sent = was_sent or not isinstance(error, aiohttp.ClientConnectorError)
-            what = f"no answer to {path} within {timeout_s} s" if isinstance(error, TimeoutError) else f"{path} failed"
-            message = f"engine {url}: {what}: {type(error).__name__} {error}"
-            raise EngineGoneError(message, was_sent=was_sent) from error
+            message = f"{path} failed: {type(error).__name__} {error}"
+            if isinstance(error, TimeoutError):
+                message = f"no answer to {path} within {timeout_s or CONNECT_TIMEOUT_S:g} s"
+            raise EngineGoneError(f"engine {url}: {message}", was_sent=was_sent) from error
 
     async def _send(self, method: str, address: str, timeout_s: float | None, **options: Any) -> tuple[int, Any]:
         import aiohttp
