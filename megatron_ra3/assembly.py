@@ -208,11 +208,17 @@ def _check_engines(config: TrainerConfig, layout: parallel.ParallelLayout) -> No
     engine, replicas = config.engine, layout.dp_size
     if not config.samples or engine.resolved_kind != "vllm":
         return
-    if torch.cuda.is_available() and not engine.urls and (replicas > 1 or engine.memory_fraction > 0.5):
+    on_trainers_gpu = engine.per_replica * engine.memory_fraction
+    if torch.cuda.is_available() and not engine.urls and (replicas > 1 or on_trainers_gpu > 0.5):
         raise ValueError(
             "engine.urls is empty: servers started by the trainers would share the trainers' GPUs; start them on GPUs "
             "of their own (ra3 serve, or the scripts in slurm/) and name them in engine.urls, or with a single "
-            "replica set engine.memory_fraction to at most 0.5"
+            "replica set engine.memory_fraction to at most 0.5, over all engine.per_replica"
+        )
+    if engine.port and not engine.urls and replicas * engine.per_replica > 1:
+        raise ValueError(
+            f"engine.port={engine.port}: {replicas * engine.per_replica} servers (data-parallel replicas x "
+            "engine.per_replica) would be started on one port; set engine.port=0"
         )
     if replicas == 1:
         return
@@ -223,11 +229,6 @@ def _check_engines(config: TrainerConfig, layout: parallel.ParallelLayout) -> No
                 "replica needs one"
             )
         return
-    if engine.port:
-        raise ValueError(
-            f"engine.port={engine.port}: {replicas} data-parallel replicas would start their servers on one port; set "
-            "engine.port=0"
-        )
     hosts = set(layout.gather_from_leaders(socket.gethostname()))
     if len(hosts) > 1 and (engine.host == "localhost" or engine.host.startswith(("127.", "::1"))):
         raise ValueError(

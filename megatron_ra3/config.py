@@ -163,7 +163,9 @@ class EngineConfig:
     kind: Literal["auto", "vllm", "inprocess"] = "auto"
     """`vllm`: servers; `inprocess`: the trainer's own weights, for small models; `auto`: vllm where it is installed."""
     urls: tuple[str, ...] = ()
-    """Running servers (`ra3 serve`); empty: every replica starts one on its own machine."""
+    """Running servers (`ra3 serve`), dealt out to the replicas; empty: every replica starts its own on its machine."""
+    per_replica: int = 1
+    """Servers that a replica starts, and starts again when they die, where `urls` is empty."""
     host: str = "127.0.0.1"
     port: int = 0
     """0: a free port."""
@@ -174,9 +176,21 @@ class EngineConfig:
     top_k: int = 0
     repetition_penalty: float = 1.0
     max_in_flight: int = 64
+    """Queries that are open at one engine; more wait in the trainer."""
     request_timeout_s: float = 120.0
+    """A query that is not answered in so long is asked elsewhere; an engine that answered none in that time is lost."""
+    health_interval_s: float = 5.0
+    """An engine with open queries that has answered nothing for so long is asked whether it lives."""
+    health_timeout_s: float = 30.0
+    """How long it may take to say so."""
     start_timeout_s: float = 300.0
     sync_timeout_s: float = 300.0
+    wait_timeout_s: float = 900.0
+    """How long the run waits for an engine of a replica that has lost all, before it saves and ends with status 75."""
+    max_restarts: int = 5
+    """Restarts in a row of a server that dies; one that has served for `start_timeout_s` begins a new row."""
+    restart_pause_s: float = 2.0
+    """Before the first restart of a row; doubles up to a minute."""
     tensor_parallel: int = 1
     memory_fraction: float = 0.85
     """GPU memory vLLM may take."""

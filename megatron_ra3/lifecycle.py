@@ -7,12 +7,13 @@ and build on this. What a kind of run must keep beyond weights and progress it l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -27,18 +28,20 @@ from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import MetricsLog
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
+from megatron_ra3.rollout.engine import EnginesLostError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.schedule import Phase, Progress
 from megatron_ra3.settings import to_dict
 from megatron_ra3.stall import ACTIVITY
 
+T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends before it takes the machine back, and Ctrl-C."""
 
 
 class StopRequestedError(Exception):
-    """A signal or `checkpoint.stop_after_steps` asked for an end; the state is saved."""
+    """The run has to end, by a signal, a time limit, `checkpoint.stop_after_steps` or lost engines; it is saved."""
 
 
 class DurableRun(Generic[ConfigT]):
@@ -105,6 +108,7 @@ class DurableRun(Generic[ConfigT]):
         self._save_stall_s = 0.0
         self._step_started = time.monotonic()
         self._step_label = ""
+        self._before_step: dict[str, Any] = {}
         self._last: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
@@ -143,6 +147,7 @@ class DurableRun(Generic[ConfigT]):
         """Step numbers of `phase` that are still to be done."""
         while self.progress.step < phase.steps:
             self._step_started = time.monotonic()
+            self._before_step = self._data_position()
             self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
             ACTIVITY.moved(self._step_label)
             yield self.progress.step
@@ -178,6 +183,7 @@ class DurableRun(Generic[ConfigT]):
             "phase": phase.name,
             "round": phase.round,
             **metrics,
+            **(self._engine.take_counts() if self._engine is not None else {}),
             **self._step_figures(),
             **consumed.to_json(),
             "seconds": seconds,
@@ -236,10 +242,33 @@ class DurableRun(Generic[ConfigT]):
     # Sampling
 
     def sync_engine(self) -> None:
-        """Bring the current weights to the engine, starting it on first use."""
+        """Bring the current weights to the engine, starting it on first use.
+
+        StopRequestedError: engines are lost, and the state is saved as it was before this step.
+        """
         if self._engine is None:
-            self._engine = open_engine(self.config, self.assembly.trainer, self.format, self.assembly.initial_folder)
-        self._engine.sync(self.progress.weight_version)
+            trainer, folder = self.assembly.trainer, self.assembly.initial_folder
+            self._engine = open_engine(self.config, trainer, self.format, folder, stop_requested=self._must_stop)
+        with self._saved_where_engines_are_lost():
+            self._engine.sync(self.progress.weight_version)
+
+    def _lead(self, work: Callable[[], T]) -> T:
+        """`ServedEngine.lead`; StopRequestedError as `sync_engine`."""
+        assert self._engine is not None, "sync_engine comes first"
+        with self._saved_where_engines_are_lost():
+            return self._engine.lead(work)
+
+    @contextlib.contextmanager
+    def _saved_where_engines_are_lost(self) -> Iterator[None]:
+        """Save what was there before this step, its samples unused, and leave: other machines may have engines."""
+        try:
+            yield
+        except EnginesLostError as error:
+            self._rewind_data(self._before_step)
+            self.save()
+            raise StopRequestedError(
+                f"stopped after step {self.progress.total_steps}: {error}; saved, the same command goes on"
+            ) from error
 
     # State
 
@@ -254,6 +283,11 @@ class DurableRun(Generic[ConfigT]):
         self.checkpoints.start(
             self.progress.total_steps, self._manifest, lambda folder: state.stage_state(folder, model, optimizer)
         )
+
+    def _must_stop(self) -> bool:
+        """Whether a signal or a time limit forbids to wait any longer within a step."""
+        near = self._deadline.is_near(step_s=0.0, longest_save_s=self.checkpoints.longest_save_s)
+        return bool(self._stop_reason or near)
 
     def _request_stop(self, number: int, _frame: object) -> None:
         """End after the current step; the same signal a second time ends the process at once."""
@@ -315,6 +349,14 @@ class DurableRun(Generic[ConfigT]):
 
     def _restore_state(self, manifest: Mapping[str, Any]) -> None:
         """Take over what `_state` gave."""
+        raise NotImplementedError
+
+    def _data_position(self) -> dict[str, Any]:
+        """Where the run stands in its data: before the first sample that it has not used."""
+        raise NotImplementedError
+
+    def _rewind_data(self, position: Mapping[str, Any]) -> None:
+        """Give back samples taken since `_data_position` gave this one."""
         raise NotImplementedError
 
     def _step_figures(self) -> dict[str, float]:

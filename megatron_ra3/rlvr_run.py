@@ -131,7 +131,7 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
         """
         assert self._engine is not None, "sync_engine comes first"
         served = self._engine
-        groups = served.lead(lambda: self._open_sampler(served.engine).sample(posed, count))
+        groups = self._lead(lambda: self._open_sampler(served.engine).sample(posed, count))
         refuse_other_weights(
             (version for group in groups for answer in group for version in answer.weight_versions),
             self.progress.weight_version,
@@ -214,10 +214,16 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
     # State
 
     def _state(self) -> dict[str, Any]:
-        return {"order": self._order.state_dict()}
+        return {"order": self._data_position()}
 
     def _restore_state(self, manifest: Mapping[str, Any]) -> None:
         self._order.load_state_dict(manifest["order"])
+
+    def _data_position(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def _rewind_data(self, position: Mapping[str, Any]) -> None:
+        self._order.load_state_dict(dict(position))
 
     def _step_figures(self) -> dict[str, float]:
         return {"epoch": self._order.epoch, "position": self._order.position}

@@ -127,13 +127,12 @@ class Run(DurableRun[RunConfig]):
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica.
 
-        EngineError when something was sampled with other weights than the current ones.
+        EngineError when something was sampled with other weights than the current ones. StopRequestedError as above.
         """
         if not self.samples_latents:
             return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
-        assert self._engine is not None, "sync_engine comes first"
         assert self._ahead is None or not self._ahead.begun, "the engine is in use"
-        groups = self._engine.lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=self._seed()))
+        groups = self._lead(lambda: self._sampler(rollouts_per_snippet).sample(snippets, seed=self._seed()))
         staleness(groups, self.progress.weight_version, max_staleness_steps=0)
         return groups
 
@@ -162,15 +161,23 @@ class Run(DurableRun[RunConfig]):
             "annotated": self.annotated.state_dict(),
             "think_rates": {str(rollouts): rate for rollouts, rate in rates.items()},
         }
-        return {"stream": self._stream_state(), "replicas": self.layout.gather_from_leaders(replica)}
+        return {"stream": self._data_position(), "replicas": self.layout.gather_from_leaders(replica)}
 
     def _restore_state(self, manifest: Mapping[str, Any]) -> None:
         self.train.load_state_dict(manifest["stream"])
         self._restore_replica(manifest["replicas"])
 
+    def _data_position(self) -> dict[str, Any]:
+        before = None if self._ahead is None else self._ahead.stream_before
+        return before or self.train.state_dict()
+
+    def _rewind_data(self, position: Mapping[str, Any]) -> None:
+        self._close_ahead()
+        self.train.load_state_dict(dict(position))
+
     def _step_figures(self) -> dict[str, float]:
         dropped, self._dropped = self._dropped, 0
-        stream = self._stream_state()
+        stream = self._data_position()
         return {
             "dropped_snippets": self.layout.sum_number_over_dp(dropped),
             "bad_samples": stream["bad_samples"] + self.heldout.bad_samples,
@@ -183,8 +190,7 @@ class Run(DurableRun[RunConfig]):
         return {"mstep_tokens": self.progress.mstep_tokens}
 
     def _close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        self._close_ahead()
         self.train.close()
         self.heldout.close()
 
@@ -215,26 +221,26 @@ class Run(DurableRun[RunConfig]):
         self._dropped += taken.dropped
         return taken.snippets
 
-    def _stream_state(self) -> dict[str, Any]:
-        """The place of the next sample that was not used, whatever was taken for coming steps."""
-        before = None if self._ahead is None else self._ahead.stream_before
-        return before or self.train.state_dict()
-
     def _seed(self, steps_ahead: int = 0) -> int:
         """Of what is sampled for this step, or for one to come."""
         return self.config.seed * 1_000_003 + self.progress.total_steps + steps_ahead
 
     def _open_ahead(self) -> Ahead:
         if self._ahead is None:
-            assert self._engine is not None, "sync_engine comes first"
             settings = self.config.estep
             self._ahead = Ahead(
-                self._engine.lead,
+                self._lead,
                 lambda: self._sampler(settings.rollouts_per_snippet),
                 overlaps=settings.max_staleness_steps > 0 and not settings.lockstep,
                 timeout_s=self.config.parallel.timeout_s,
             )
         return self._ahead
+
+    def _close_ahead(self) -> None:
+        """Forget what was begun for coming steps."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _sampler(self, rollouts_per_snippet: int) -> Sampler:
         if rollouts_per_snippet not in self._samplers:

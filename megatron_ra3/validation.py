@@ -41,6 +41,11 @@ def validate_trainer(config: TrainerConfig) -> None:
             f"engine.urls is set but engine.kind={engine.kind} uses no server here; set engine.kind=vllm (vllm must be "
             "installed)"
         )
+    if engine.urls and engine.per_replica > 1:
+        raise ValueError(
+            f"engine.per_replica={engine.per_replica} with engine.urls set: replicas start no servers then, they share "
+            "out those named; set engine.per_replica=1"
+        )
     if engine.block_size % 32:
         raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
 
@@ -78,10 +83,14 @@ _POSITIVE = (
     "parallel.pipeline",
     "parallel.micro_batch_tokens",
     "parallel.timeout_s",
+    "engine.per_replica",
     "engine.max_in_flight",
     "engine.request_timeout_s",
+    "engine.health_interval_s",
+    "engine.health_timeout_s",
     "engine.start_timeout_s",
     "engine.sync_timeout_s",
+    "engine.restart_pause_s",
     "engine.tensor_parallel",
     "engine.cpu_kv_cache_bytes",
     "checkpoint.every_steps",
@@ -98,6 +107,8 @@ _NOT_NEGATIVE = (
     "checkpoint.wall_clock_limit_s",
     "checkpoint.stop_before_s",
     "engine.port",
+    "engine.wait_timeout_s",
+    "engine.max_restarts",
 )
 _RUN_POSITIVE = (
     "corpus.max_snippet_tokens",

@@ -153,7 +153,7 @@ def test_every_rank_learns_what_is_wrong(small_corpus, tmp_path):
     assert "engine.host=127.0.0.1: the replicas' servers run on node0, node1" in first["loopback"]
     assert "set engine.host=0.0.0.0" in first["loopback"]
     assert first["urls"].startswith("ValueError: engine.urls names 1 servers but there are 2 data-parallel replicas")
-    assert first["port"].startswith("ValueError: engine.port=8000: 2 data-parallel replicas")
+    assert first["port"].startswith("ValueError: engine.port=8000: 2 servers (data-parallel replicas x engine.")
     assert first["full disk"].startswith("OSError: cannot write ")
     assert list((tmp_path / "b" / "run").iterdir()) == []
     assert first["second save"].startswith("FileExistsError: folder ")

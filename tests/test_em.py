@@ -16,7 +16,8 @@ import yaml
 from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
 from megatron_ra3.lifecycle import StopRequestedError
-from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.rollout.engine import EngineError, EnginesLostError
+from megatron_ra3.rollout.fleet import InProcess
 from megatron_ra3.rollout.inprocess import InProcessEngine
 from megatron_ra3.settings import to_dict
 from tests.distributed import run_ranks
@@ -69,6 +70,26 @@ def test_rollouts_of_other_weights_are_refused(small_corpus, tmp_path, monkeypat
     monkeypatch.setattr(InProcessEngine, "set_version", lambda engine, version: None)
     with pytest.raises(EngineError, match=r"weight versions \[0\], the trainer is at 2: .*engine\.urls"):
         midtrain(make_config(small_corpus, tmp_path))
+
+
+def test_a_run_without_engines_ends_as_it_was_before_the_step_that_needed_them(
+    whole, small_corpus, tmp_path, monkeypatch
+):
+    lead, calls = InProcess.lead, []
+
+    def lose_engines(engine, work):
+        calls.append(work)
+        if len(calls) in (2, 5):  # the second E-step, and after two more the bootstrap, which has cleared its store
+            raise EnginesLostError("replica 0 has no engine: http://a lost (it died)")
+        return lead(engine, work)
+
+    monkeypatch.setattr(InProcess, "lead", lose_engines)
+    config = make_config(small_corpus, tmp_path)
+    for step in (3, 5):
+        with pytest.raises(StopRequestedError, match=rf"stopped after step {step}: replica 0 .*; saved, the same"):
+            midtrain(config)
+    midtrain(config)
+    assert _metrics(config) == _metrics(whole)
 
 
 @pytest.mark.parametrize("stops", [(4,), (6, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1, 1)])

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_ra3.evaluate.generate import Request, VllmGenerator
 from megatron_ra3.evaluate.prompts import Prompt
 from megatron_ra3.evaluate.settings import EvalEngineConfig, SamplingConfig
-from megatron_ra3.rollout.engine import EngineError, GateQuery, GateScores, GenerateQuery, StopRule
+from megatron_ra3.rollout.engine import EngineError, EnginesLostError, GateQuery, GateScores, GenerateQuery, StopRule
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
 from megatron_ra3.rollout.vllm_engine import NEVER_SYNCED, VllmEngine
 from megatron_ra3.rollout.weights import WeightSync
@@ -267,18 +267,6 @@ def test_greedy_generation_takes_the_likeliest_token(served):
     engine.close()
 
 
-def test_queries_with_the_same_beginning_go_to_the_same_engine_and_load_is_even(served):
-    engine = served.engine(count=2)
-    groups = [draw(100, 200 + group) for group in range(6)]
-    queries = [GenerateQuery(tokens[: 70 + 5 * member], 0) for tokens in groups for member in range(4)]
-    urls = engine._route(queries)
-    per_group = [set(urls[4 * group : 4 * group + 4]) for group in range(6)]
-    assert all(len(homes) == 1 for homes in per_group)
-    assert [len([homes for homes in per_group if homes == {url}]) for url in served.urls] == [3, 3]
-    assert engine._route(queries[::-1]) == urls[::-1]
-    engine.close()
-
-
 def test_what_an_engine_cannot_serve_is_an_error_that_names_it(served):
     (url,) = served.urls[:1]
     with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9.*(refused|connect)"):
@@ -301,11 +289,12 @@ def test_an_engine_that_does_not_answer_in_time_is_an_error_that_names_it(served
     engine = served.engine(timeout_s=3.0)
     post(served.urls[0], "/pause?mode=wait")
     try:
-        with pytest.raises(EngineError, match=f"{served.urls[0]}: no answer to .* within timeout_s=3"):
+        with pytest.raises(EnginesLostError, match=rf"{served.urls[0]} lost \(no answer to any .*timeout_s=3"):
             engine.gate_logprobs(gate_queries(seed=50))
     finally:
         post(served.urls[0], "/resume")
-    queries = gate_queries(seed=50)
+    engine.close()
+    engine, queries = served.engine(), gate_queries(seed=50)
     assert_scores(served.first, queries, engine.gate_logprobs(queries), NEVER_SYNCED)
     engine.close()
 
@@ -348,7 +337,7 @@ def test_a_broken_transfer_is_tried_again_and_then_leaves_the_old_weights_served
     with connected(served) as sync:
         sync.send(Weights(served.second, fail_first), version=9)
         assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
-        with pytest.raises(EngineError, match="weights version 10 not sent"):
+        with pytest.raises(EngineError, match="weights version 10 failed"):
             sync.send(Weights(served.first, fail_always), version=10)
         assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
         sync.send(Weights(served.first), version=11)
@@ -411,17 +400,43 @@ def connect_to_nobody() -> str:
 
 def test_every_rank_learns_that_an_engine_cannot_be_reached():
     first, second = run_ranks(connect_to_nobody, 2)
-    assert "engine http://127.0.0.1:9: /update_weights failed" in first
+    assert "engine http://127.0.0.1:9: /health failed" in first
     assert second == first
 
 
-def test_a_stopped_server_leaves_no_process(served):
-    server = served.servers.pop()
-    group = server._process.pid
-    assert any("EngineCore" in process for process in members(group))
-    server.stop()
+def test_an_engine_that_dies_while_weights_are_sent_is_dropped_and_the_others_get_them(served):
+    dying = served.servers.pop()
+    group, core = dying._process.pid, engine_core(dying)
+    urls = [served.urls[0], dying.url]
+    engine, queries = VllmEngine(urls, GATES, timeout_s=TIMEOUT_S), gate_queries(seed=60)
+    passes = []
+
+    def kill(number):
+        passes.append(number)
+        if passes == [0, 1, 2]:
+            os.kill(core, signal.SIGKILL)
+
+    sync = WeightSync(urls, backend="gloo", timeout_s=300.0)
+    began = time.monotonic()
+    sync.send(Weights(served.first, kill), version=15)
+    assert time.monotonic() - began < 100  # nobody waits for the dead
+    assert list(sync.dropped) == [dying.url]
+    assert sync.urls == served.urls
+    assert sync.check(Weights(served.first)) == 5
+    # The client finds out by itself, and asks the other one.
+    assert_scores(served.first, queries, engine.gate_logprobs(queries), 15)
+    sync.close()
+    engine.close()
+    assert_ended(dying, group)
+
+
+def assert_ended(server: VllmServer, group: int) -> None:
+    deadline = time.monotonic() + 20
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert members(group) == []
     assert not server.poll()
+    assert "EngineCore" in server.log_tail()
 
 
 def test_a_killed_engine_is_an_error_that_names_it_and_leaves_no_process(served):
@@ -445,12 +460,7 @@ def test_a_killed_engine_is_an_error_that_names_it_and_leaves_no_process(served)
         assert time.monotonic() - killed.result() < 20
     with pytest.raises(EngineError, match=server.url):
         engine.health()
-    deadline = time.monotonic() + 20
-    while members(group) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert members(group) == []
-    assert not server.poll()
-    assert "EngineCore" in server.log_tail()
-    with pytest.raises(EngineError, match=f"engine {server.url}: /update_weights failed"):
+    assert_ended(server, group)
+    with pytest.raises(EngineError, match=f"engine {server.url}: /health failed"):
         WeightSync([server.url], backend="gloo", timeout_s=5).connect()
     engine.close()

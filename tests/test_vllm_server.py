@@ -32,9 +32,11 @@ CONFIG = {
     "dtype": "float32",
 }
 SERVE = (
-    "import sys; from pathlib import Path; from megatron_ra3.rollout.server import ServerConfig, serve_forever; "
+    "import sys; from pathlib import Path; from megatron_ra3.rollout.server import ServerConfig; "
+    "from megatron_ra3.rollout.health import Restarts; from megatron_ra3.rollout.supervise import serve_forever; "
     "serve_forever(ServerConfig(Path(sys.argv[1]), Path(sys.argv[2]), dtype='float32', max_model_len=3000,"
-    " kv_cache_bytes=1 << 26, block_size=32, extra_args=('--load-format=dummy',)))"
+    " kv_cache_bytes=1 << 26, block_size=32, extra_args=('--load-format=dummy',)),"
+    " Restarts(1, 0.1, settled_s=60.0), stuck_after_s=60.0)"
 )
 
 

@@ -7,7 +7,7 @@ Only token ids travel. Two real engines stand behind the protocol: `vllm_engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -15,12 +15,21 @@ class EngineError(RuntimeError):
     """An engine cannot serve: unreachable, dead, or serving something else. The message names the engine."""
 
 
+class EnginesLostError(EngineError):
+    """No engine is left to ask; the message says what became of each. Once one is back, the work can begin anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class GateQuery:
-    """A teacher-forced prefix and the rows (positions in `token_ids`) whose next-token law decides a gate."""
+    """A teacher-forced prefix and the rows (positions in `token_ids`) whose next-token law decides a gate.
+
+    Queries of one `group` share a long beginning, which the engine that has answered one of them still knows; where it
+    is empty, those are taken for a group that begin alike.
+    """
 
     token_ids: tuple[int, ...]
     rows: tuple[int, ...]
+    group: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +42,15 @@ class GateScores:
 
 @dataclass(frozen=True, slots=True)
 class GenerateQuery:
-    """A prefix to continue; `seed` makes the draw reproducible. Gate `rows` of the prefix are scored on the way."""
+    """A prefix to continue; `seed` makes the draw reproducible. Gate `rows` of the prefix are scored on the way.
+
+    `group` is as in `GateQuery`.
+    """
 
     token_ids: tuple[int, ...]
     seed: int
     rows: tuple[int, ...] = ()
+    group: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +96,10 @@ class Engine(Protocol):
         """Sample continuations; answers in the order of the queries."""
 
     def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
-        """Ask `queries`, and whatever `reply` returns for each answer, until nothing is left to ask."""
+        """Ask `queries`, and whatever `reply` returns for each answer, until nothing is left to ask.
+
+        EnginesLostError: no engine is left, and some of it is unanswered.
+        """
 
     def health(self) -> None:
         """Return when every engine can serve; EngineError naming the one that cannot."""

@@ -290,14 +290,15 @@ class Sampler:
             tokens += act + line
         scored = tuple(tokens[: rows[-1] + 1])
         if not plan.generates:
-            return GateQuery(scored, tuple(rows))
+            return GateQuery(scored, tuple(rows), rollout.snippet.snippet_id)
         line_index = rollout.trajectory.num_lines + plan.lines - 1
         draw = _keyed_draw("rationale", rollout, line_index)
-        return GenerateQuery(scored + self._format.think_suffix, draw, tuple(rows))
+        return GenerateQuery(scored + self._format.think_suffix, draw, tuple(rows), rollout.snippet.snippet_id)
 
     def _rationale_query(self, rollout: _Rollout) -> GenerateQuery:
         trajectory = rollout.trajectory
-        return GenerateQuery(tuple(trajectory.token_ids), _keyed_draw("rationale", rollout, trajectory.num_lines))
+        draw = _keyed_draw("rationale", rollout, trajectory.num_lines)
+        return GenerateQuery(tuple(trajectory.token_ids), draw, group=rollout.snippet.snippet_id)
 
     def _take(self, rollouts: Sequence[_Rollout], query: Query, answer: Answer) -> None:
         """Note the gates for all that wait for them; the rationale, if it was for those, is the first one's alone."""

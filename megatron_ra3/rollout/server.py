@@ -17,9 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,6 +31,9 @@ DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 # Tokens of one engine step; without chunked prefill every prompt must fit.
 CPU_BATCHED_TOKENS = 2048
 LOG_TAIL_LINES = 30
+SEEDS_APART = 100_003
+# Longer than the watchdog's own grace.
+STOP_TIMEOUT_S = 10.0
 BINDINGS_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 # Fields of config.json that say how a model was saved, not what it is.
 VOLATILE_CONFIG_FIELDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -129,9 +131,11 @@ class VllmServer:
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # the watchdog itself was killed: its group is left
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # the watchdog itself was killed or stopped: its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._process = None
 
     def log_tail(self) -> str:
@@ -160,21 +164,33 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
-def serve_forever(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT; EngineError with the end of the log when the server ends by itself."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, also while the server starts
+def computes(url: str, timeout_s: float, *, expected_model: str | None = None) -> bool:
+    """Whether the server at `url` samples a token in time, and serves `expected_model` if given: more than `answers`.
+
+    A server whose engine process hangs is up all the same. One that is paused does not sample.
+    """
+    body = json.dumps({"token_ids": [0], "sampling_params": {"max_tokens": 1, "detokenize": False}}).encode()
+    ask = urllib.request.Request(f"{url}/inference/v1/generate", body, {"Content-Type": "application/json"})  # noqa: S310
     try:
-        with VllmServer(config) as server:
-            print(f"serving {config.model_folder} at {server.url}, log in {config.log_file}", flush=True)
-            while server.poll():
-                time.sleep(0.5)
-            raise EngineError(f"vLLM server {server.url} ended{server.log_tail()}")
-    except KeyboardInterrupt:
-        return
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=timeout_s) as models:  # noqa: S310
+            if expected_model not in (None, json.load(models)["data"][0]["id"]):
+                return False
+        with urllib.request.urlopen(ask, timeout=timeout_s):  # noqa: S310
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def nth_start(config: ServerConfig, number: int) -> ServerConfig:
+    """`config` for the `number`-th restart: another seed, or it would repeat its draws, and a log of its own."""
+    if not number:
+        return config
+    log_file = config.log_file.with_suffix(f".{number}{config.log_file.suffix}")
+    return replace(config, seed=config.seed + number * SEEDS_APART, log_file=log_file)
 
 
 def served_model_name(model_folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 Refuses what would silently train on wrong numbers: a server with another model or too short a context, a gate row that
 vLLM did not compute, a log-prob that is not finite, an answer cut by an abort. Every error names the engine's URL.
+What can be mended by asking another engine is, in `dispatch`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import math
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from megatron_ra3.rollout.dispatch import Conversation, EngineGoneError, Limits, UnansweredError
 from megatron_ra3.rollout.engine import (
     Answer,
     EngineError,
+    EnginesLostError,
     GateQuery,
     GateScores,
     GenerateQuery,
@@ -26,7 +29,8 @@ from megatron_ra3.rollout.engine import (
     Reply,
     StopRule,
 )
-from megatron_ra3.stall import ACTIVITY
+from megatron_ra3.rollout.health import Roster
+from megatron_ra3.rollout.routing import Router
 
 if TYPE_CHECKING:
     import aiohttp
@@ -35,12 +39,10 @@ if TYPE_CHECKING:
 NEVER_SYNCED = -1
 # vLLM's stand-in for minus infinity and NaN in an answer; anything lower is a row the plugin marks as not computed.
 NOT_FINITE = -9999.0
-# Queries that begin with the same tokens go to the same engine, where those are cached.
-ROUTING_TOKENS = 64
-ROUTES_KEPT = 65536
 # Below the servers' own idle limit (vLLM: 5 s): a connection the server has just closed would fail a request.
 KEEP_ALIVE_S = 2.0
-PROBE_TIMEOUT_S = 30.0
+# A machine that is gone refuses nothing, it is silent.
+CONNECT_TIMEOUT_S = 15.0
 # Of a scoring request: one token is the least vLLM generates, and nobody looks at it.
 SCORING = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True, "detokenize": False}
 
@@ -49,41 +51,47 @@ GateLogprobs = tuple[tuple[float, ...], ...]
 
 
 class VllmEngine:
-    """`engine.Engine` on one or more vLLM servers; used by one thread at a time.
+    """`engine.Engine` on one or more vLLM servers: their URLs, or a roster that other threads change meanwhile.
+
+    Used by one thread at a time, not always the same one: its event loop only runs inside its methods. Weights may be
+    sent from another thread during a call, inside `Roster.moving_weights`; engines hold back what they are asked then.
 
     `gate_ids` are the tokens scored at gate rows; without them only `generate` works. `expected_model` is the
     servers' model name (`server.served_model_name`), `min_model_len` the context in tokens a query may need; both
     are checked here. `temperature` is that of `generate` (0 is greedy); gates are scored at temperature 1.
-    `max_in_flight` requests are open per server; each must be answered within `timeout_s`.
+    `max_in_flight` requests are open per server; one is asked elsewhere when it is not answered within `timeout_s`. A
+    server that has said nothing for `silence_s` must answer a health check within `beat_timeout_s`.
     """
 
     scores_while_generating = True
 
     def __init__(
         self,
-        urls: Sequence[str],
+        engines: Sequence[str] | Roster,
         gate_ids: Sequence[int] = (),
         *,
         expected_model: str | None = None,
         min_model_len: int = 1,
         temperature: float = 1.0,
         timeout_s: float = 120.0,
+        silence_s: float = 5.0,
+        beat_timeout_s: float = 30.0,
         max_in_flight: int = 64,
     ) -> None:
-        if not urls:
+        if not engines:
             raise ValueError("VllmEngine: needs at least one engine URL")
         if temperature < 0.0:
             raise ValueError(f"temperature={temperature}: must be 0 (greedy) or positive")
-        self._urls = [url.rstrip("/") for url in urls]
+        self._roster = engines if isinstance(engines, Roster) else Roster.of([url.rstrip("/") for url in engines])
         self._gate_ids = list(gate_ids)
         self._expected_model = expected_model
         self._min_model_len = min_model_len
         self._temperature = temperature
-        self._timeout_s = timeout_s
-        self._max_in_flight = max_in_flight
+        self._limits = Limits(timeout_s, silence_s, beat_timeout_s)
+        self._router = Router(max_in_flight)
+        self._known: set[str] = set()
+        self._meetings: dict[str, asyncio.Lock] = {}
         self._native_scoring: dict[str, bool] = {}
-        self._routes: dict[int, str] = {}
-        self._load = dict.fromkeys(self._urls, 0)
         self._runner = asyncio.Runner()
         self._session: aiohttp.ClientSession | None = None
         self.rescored_queries = 0
@@ -106,12 +114,24 @@ class VllmEngine:
         return [answer for answer in self._ask_all(queries, stop) if isinstance(answer, Generation)]
 
     def converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
-        """Ask `queries`, and whatever `reply` returns for each answer as soon as it is there, until nothing is left."""
-        self._runner.run(self._converse(queries, reply, stop))
+        """Ask `queries`, and whatever `reply` returns for each answer as soon as it is there, until nothing is left.
+
+        EnginesLostError: no engine is left. EngineError: what another engine would not mend.
+        """
+        wire = _Wire(self, stop)
+        conversation = Conversation(wire, self._roster, self._router, self._limits, max_tokens=stop.max_tokens)
+        before = self._router.moves
+        try:
+            self._runner.run(conversation.run(queries, reply))
+        finally:
+            self._roster.count("groups_moved", self._router.moves - before)
 
     def health(self) -> None:
         """Return when every engine answers and serves what is expected; EngineError naming the one that does not."""
-        self._runner.run(_gather([self._check(url) for url in self._urls]))
+        present = self._roster.present()
+        if not present:
+            raise EnginesLostError(f"no engine is left: {self._roster.described()}")
+        self._runner.run(_gather([self._check_in_time(url) for url in present]))
 
     def close(self) -> None:
         """Release connections; the engine must not be used afterwards."""
@@ -129,54 +149,42 @@ class VllmEngine:
         self.converse(list(dict.fromkeys(queries)), keep, stop)
         return [answers[query] for query in queries]
 
-    async def _converse(self, queries: Sequence[Query], reply: Reply, stop: StopRule) -> None:
-        slots = {url: asyncio.Semaphore(self._max_in_flight) for url in self._urls}
-        self._load = dict.fromkeys(self._urls, 0)
-
-        async def one(url: str, query: Query) -> None:
-            async with slots[url]:
-                answer = await self._answer(url, query, stop)
-            self._load[url] -= len(query.token_ids)
-            start(reply(query, answer))
-
-        def start(asked: Sequence[Query]) -> None:
-            for url, query in zip(self._route(asked), asked, strict=True):
-                group.create_task(one(url, query))
-
-        with _first_error():
-            async with asyncio.TaskGroup() as group:
-                start(queries)
-
-    async def _answer(self, url: str, query: Query, stop: StopRule) -> Answer:
-        ACTIVITY.moved()
+    async def answer(self, url: str, query: Query, stop: StopRule) -> Answer:
+        """One engine's answer to one query, after a look at the engine where it is new here."""
+        async with self._meetings.setdefault(url, asyncio.Lock()):
+            if url not in self._known:
+                await self._check(url)
         if isinstance(query, GenerateQuery):
             return await self._generate(url, query, stop)
         return await self._score(url, query)
 
-    def _route(self, queries: Sequence[Query]) -> list[str]:
-        """An engine for each query: where its beginning went before, else the one with the fewest tokens to do."""
-        load = self._load
-        routed = []
-        for query in queries:
-            key = hash(query.token_ids[:ROUTING_TOKENS])
-            url = self._routes.get(key) or min(load, key=lambda url: load[url])
-            self._routes[key] = url
-            load[url] += len(query.token_ids)
-            routed.append(url)
-        while len(self._routes) > ROUTES_KEPT:
-            del self._routes[next(iter(self._routes))]
-        return routed
+    async def beat(self, url: str, timeout_s: float) -> None:
+        """Return when the engine calls itself healthy; EngineGoneError when not."""
+        status, answer = await self._request("GET", url, "/health", timeout_s)
+        if status != 200:
+            raise EngineGoneError(str(_refused(url, status, answer)))
+
+    async def _check_in_time(self, url: str) -> None:
+        timeout_s = self._limits.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._check(url)
+        except TimeoutError as error:
+            raise EngineGoneError(f"engine {url}: no answer within timeout_s={timeout_s:g}") from error
 
     async def _check(self, url: str) -> None:
-        await self._get(url, "/health")
-        models = (await self._get(url, "/v1/models"))["data"]
-        name, model_len = models[0]["id"], models[0]["max_model_len"]
+        await self.beat(url, self._limits.beat_timeout_s)
+        status, answer = await self._request("GET", url, "/v1/models", self._limits.beat_timeout_s)
+        if status != 200:
+            raise _refused(url, status, answer)
+        name, model_len = answer["data"][0]["id"], answer["data"][0]["max_model_len"]
         if self._expected_model not in (None, name):
             raise EngineError(f"engine {url} serves model {name!r}, expected {self._expected_model!r}")
         if model_len < self._min_model_len:
             raise EngineError(f"engine {url}: max_model_len={model_len}, but queries may need {self._min_model_len}")
         if self._gate_ids and url not in self._native_scoring:
             self._native_scoring[url] = await self._scores_natively(url)
+        self._known.add(url)
 
     async def _scores_natively(self, url: str) -> bool:
         """Whether vLLM itself scores chosen tokens (V2 runner); if not, check that our plugin does (V1 runner)."""
@@ -272,44 +280,62 @@ class VllmEngine:
 
     async def _ask(self, url: str, token_ids: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         status, answer = await self._post(url, token_ids, sampling)
+        if status >= 500:
+            await self.beat(url, self._limits.beat_timeout_s)  # a dead engine is worth another error than this one
+            raise UnansweredError(str(_refused(url, status, answer)))
         if status != 200 or not answer.get("choices"):
             raise _refused(url, status, answer)
+        if answer["choices"][0].get("finish_reason") == "abort":
+            raise UnansweredError(f"engine {url} aborted a request")
         return answer
 
     async def _post(self, url: str, token_ids: Sequence[int], sampling: dict[str, Any]) -> tuple[int, Any]:
         body = {"token_ids": list(token_ids), "sampling_params": sampling}
-        return await self._request("POST", url, "/inference/v1/generate", self._timeout_s, json=body)
+        return await self._request("POST", url, "/inference/v1/generate", None, json=body)
 
-    async def _get(self, url: str, path: str) -> Any:
-        status, answer = await self._request("GET", url, path, min(self._timeout_s, PROBE_TIMEOUT_S))
-        if status != 200:
-            raise _refused(url, status, answer)
-        return answer
-
-    async def _request(self, method: str, url: str, path: str, timeout_s: float, **options: Any) -> tuple[int, Any]:
+    async def _request(
+        self, method: str, url: str, path: str, timeout_s: float | None, **options: Any
+    ) -> tuple[int, Any]:
+        """Status and answer; without `timeout_s` the caller cancels what takes too long."""
         import aiohttp
 
+        was_sent = False
         try:
             try:
                 return await self._send(method, url + path, timeout_s, **options)
             except aiohttp.ServerDisconnectedError:  # of an idle connection as a rule, and asking twice does no harm
+                was_sent = True
                 return await self._send(method, url + path, timeout_s, **options)
-        except TimeoutError as error:
-            raise EngineError(f"engine {url}: no answer to {path} within timeout_s={timeout_s:g}") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise EngineError(f"engine {url}: {path} failed: {type(error).__name__} {error}") from error
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            was_sent = was_sent or not isinstance(error, aiohttp.ClientConnectorError)
+            message = f"{path} failed: {type(error).__name__} {error}"
+            if isinstance(error, TimeoutError):
+                message = f"no answer to {path} within {timeout_s or CONNECT_TIMEOUT_S:g} s"
+            raise EngineGoneError(f"engine {url}: {message}", was_sent=was_sent) from error
 
-    async def _send(self, method: str, address: str, timeout_s: float, **options: Any) -> tuple[int, Any]:
+    async def _send(self, method: str, address: str, timeout_s: float | None, **options: Any) -> tuple[int, Any]:
         import aiohttp
 
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.request(method, address, timeout=timeout, **options) as response:
             body = await response.text()
             is_json = response.content_type == "application/json"
             return response.status, json.loads(body) if is_json else body
+
+
+class _Wire:
+    """`dispatch.Wire` for queries of one stop rule."""
+
+    def __init__(self, engine: VllmEngine, stop: StopRule) -> None:
+        self._engine = engine
+        self._stop = stop
+        self.beat = engine.beat
+
+    async def ask(self, url: str, query: Query) -> Answer:
+        return await self._engine.answer(url, query, self._stop)
 
 
 async def _gather(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
