@@ -221,7 +221,7 @@ def test_sampling_asks_about_as_often_as_was_measured(think_rate, requests, pref
     work = workload(config, Assumptions(think_rate=think_rate, line_tokens=14), None)
     assert queries_per_trajectory(work) + work.thinks == pytest.approx(requests, rel=0.1)
     coarser_blocks = (queries_per_trajectory(work) - 1) * (32 - 16) / 2
-    assert prefilled_tokens(work, 8) + coarser_blocks == pytest.approx(prefilled, rel=0.35)
+    assert prefilled_tokens(work, 8) + coarser_blocks == pytest.approx(prefilled, rel=0.4)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -300,7 +300,7 @@ def test_few_requests_in_flight_are_found_to_be_the_bottleneck():
         ),
         ("qwen2.5-7b", ("parallel.distributed_optimizer=false",), {"nodes": 2}, r"these nodes: parallel\.tensor=\d"),
         ("llama-3.1-70b", PARALLEL["llama-3.1-70b"][:2], {"nodes": 8}, r"an engine GPU has .* too little: 131.4 GiB"),
-        ("qwen2.5-7b", ("parallel.tensor=8",), {}, "tp=8 does not divide num_key_value_heads=4"),
+        ("qwen2.5-7b", ("parallel.tensor=8",), {}, "tp=8 does not divide num_attention_heads=28"),
         ("qwen2.5-7b", ("engine.tensor_parallel=8",), {}, "does not divide the 28 attention heads"),
         ("qwen2.5-7b", ("engine.kind=inprocess",), {}, "engine.kind=inprocess"),
         ("qwen2.5-7b", (), {"engine_nodes": 0}, "needs engines"),
@@ -318,9 +318,8 @@ def test_the_remedy_of_a_refusal_fits():
     with pytest.raises(DoesNotFitError) as refusal:
         make_plan(question("qwen2.5-7b", *LARGE_STEPS, "parallel.distributed_optimizer=false", nodes=2))
     _, _, remedy = str(refusal.value).partition("What would fit on these nodes: ")
-    plan = make_plan(
-        question("qwen2.5-7b", *LARGE_STEPS, "parallel.distributed_optimizer=false", *remedy.split(), nodes=2)
-    )
+    changed = ["parallel.distributed_optimizer=false", *remedy.split()]
+    plan = make_plan(question("qwen2.5-7b", *LARGE_STEPS, *changed, nodes=2))
     assert plan.chosen.trainer.total <= GPUS["h100"].memory_bytes
 
 

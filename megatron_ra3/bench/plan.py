@@ -1,8 +1,8 @@
 """`ra3 bench plan`: what `ra3 plan` forecasts of a training step, held against steps taken here.
 
 Memory must agree to the byte: parameters, gradients and optimizer tensors are counted, and every tensor that autograd
-keeps for the backward pass. Time must agree as well as a model of rates can: a plain matrix product and a plain addition
-are measured beside each step, in turn, so that a busy machine slows all of them.
+keeps for the backward pass. Time must agree as well as a model of rates can: a plain product of matrices and a plain
+addition are measured beside each step, in turn, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations

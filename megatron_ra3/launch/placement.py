@@ -29,11 +29,12 @@ MOST_NODES = 256
 
 
 class TooLittleMemoryError(DoesNotFitError):
-    """Bytes are missing on a GPU."""
+    """Bytes are missing on a trainer's GPU, or else, where trainers fit, on an engine's."""
 
-    def __init__(self, message: str, lacking_bytes: float) -> None:
+    def __init__(self, message: str, lacking_bytes: float, *, of_engine: bool) -> None:
         super().__init__(message)
         self.lacking_bytes = lacking_bytes
+        self.of_engine = of_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ def place(cluster: Cluster, task: Task, layout: Layout) -> Placement:
             f"a trainer GPU of pipeline stage {stage} needs {trainer.total / GIB:.1f} GiB, {lacking / GIB:.1f} more "
             f"than the {cluster.gpu.memory_bytes / GIB:.1f} it has",
             lacking,
+            of_engine=False,
         )
     engine = _engine(cluster, task) if layout.engine_gpus else None
     sampler = Sampler(
@@ -169,6 +171,7 @@ def _engine(cluster: Cluster, task: Task) -> EngineMemory:
             f"{found.reserved / GIB:.1f} beside them leave no room for one trajectory of {longest} tokens in "
             f"engine.memory_fraction={settings.memory_fraction:g} of {cluster.gpu.memory_bytes / GIB:.1f}",
             lacking,
+            of_engine=True,
         )
     return found
 
@@ -214,7 +217,9 @@ def _refusal(cluster: Cluster, task: Task, refusals: list[DoesNotFitError]) -> D
         need = "a trainer node and an engine node" if cluster.engine_nodes is None else "a trainer node too"
         return DoesNotFitError(f"--nodes {cluster.nodes} --engine-nodes {cluster.engine_nodes}: need {need}")
     by_memory = [refusal for refusal in refusals if isinstance(refusal, TooLittleMemoryError)]
-    nearest = min(by_memory, key=lambda refusal: refusal.lacking_bytes) if by_memory else refusals[0]
+    nearest = (
+        min(by_memory, key=lambda refusal: (not refusal.of_engine, refusal.lacking_bytes)) if by_memory else refusals[0]
+    )
     return DoesNotFitError(f"{nearest}. {remedy(cluster, task)}")
 
 
