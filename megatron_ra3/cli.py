@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
-    from megatron_ra3.doctor import add_doctor_arguments, run_doctor
+    from megatron_ra3.doctor.command import add_doctor_arguments, run_doctor
     from megatron_ra3.launch.plan_command import add_plan_arguments, run_plan
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_arguments(plan)
     plan.set_defaults(run=run_plan)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels a run would use on it")
+    doctor = commands.add_parser(
+        "doctor", help="what would stop or slow a run here: versions, GPUs, ranks, files, kernels"
+    )
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=run_doctor)
 

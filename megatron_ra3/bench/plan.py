@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ra3.launch import memory, timing
-from megatron_ra3.launch.hardware import Device
+from megatron_ra3.launch.hardware import DTYPE_BYTES, Device, Dtype
 from megatron_ra3.launch.layout import Layout
 from megatron_ra3.launch.workload import Workload
 from megatron_ra3.model.geometry import Geometry
@@ -45,11 +45,12 @@ class Case:
     sequences: int
     micro_batches: int
     vocabulary: int = 4096
+    dtype: Dtype = "fp32"
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"H{self.hidden} L{self.layers} {self.micro_batches}x{self.sequences}x{self.tokens}"
+        return f"H{self.hidden} L{self.layers} {self.micro_batches}x{self.sequences}x{self.tokens} {self.dtype}"
 
     def hf_config(self) -> dict[str, Any]:
         """Its config.json."""
@@ -72,7 +73,9 @@ CASES = (
     Case(hidden=256, layers=4, tokens=512, sequences=1, micro_batches=2),
     Case(hidden=512, layers=4, tokens=128, sequences=4, micro_batches=1),
     Case(hidden=512, layers=4, tokens=512, sequences=1, micro_batches=1),
+    Case(hidden=256, layers=4, tokens=128, sequences=4, micro_batches=1, dtype="bf16"),
 )
+"""Those in fp32 are timed too: CPUs emulate bf16, and no run on one should use it."""
 
 
 def add_plan_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +109,8 @@ def measure(cases: tuple[Case, ...], repeats: int) -> dict[str, Any]:
         found = [_measure(case, layout, repeats) for case in cases]
     finally:
         parallel.destroy()
-    errors = {kind: [abs(case[kind]["error"]) for case in found] for kind in ("step_s", "score_s")}
+    timed = [case for case in found if "step_s" in case]
+    errors = {kind: [abs(case[kind]["error"]) for case in timed] for kind in ("step_s", "score_s")}
     return {
         "memory_error_max": max(abs(part["error"]) for case in found for part in case["bytes"].values()),
         "step_error_median": statistics.median(errors["step_s"]),
@@ -122,15 +126,16 @@ def measure(cases: tuple[Case, ...], repeats: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for reading."""
-    lines = [f"{'case':<20}{'what':<13}{'forecast':>14}{'measured':>14}{'error':>9}"]
+    lines = [f"{'case':<24}{'what':<13}{'forecast':>14}{'measured':>14}{'error':>9}"]
     for case in result["cases"]:
-        for name, part in [*case["bytes"].items(), ("step ms", case["step_s"]), ("score ms", case["score_s"])]:
-            scale = 1e3 if name.endswith("ms") else 1
-            lines.append(
-                f"{case['case']:<20}{name:<13}{part['forecast'] * scale:>14,.0f}{part['measured'] * scale:>14,.0f}"
-                f"{part['error']:>+9.1%}"
-            )
-    rates = ", ".join(f"{case['gflops']:.0f}/{case['gb_per_s']:.1f}" for case in result["cases"])
+        parts = [(name, case["bytes"][name], 1.0) for name in case["bytes"]]
+        parts += [(f"{name[:-2]} ms", case[name], 1e3) for name in ("step_s", "score_s") if name in case]
+        lines += [
+            f"{case['case']:<24}{name:<13}{part['forecast'] * scale:>14,.0f}{part['measured'] * scale:>14,.0f}"
+            f"{part['error']:>+9.1%}"
+            for name, part, scale in parts
+        ]
+    rates = ", ".join(f"{case['gflops']:.0f}/{case['gb_per_s']:.1f}" for case in result["cases"] if "gflops" in case)
     return "\n".join([*lines, f"GFLOP/s / GB/s measured beside the cases: {rates}; load {result['load_average']:.1f}"])
 
 
@@ -142,13 +147,26 @@ def _measure(case: Case, layout: ParallelLayout, repeats: int) -> dict[str, Any]
         return trainer.fit(batches, weights, lr=1e-4)
 
     step()  # the optimizer's state is made in the first step
-    counted = _count(trainer, step, len(batches))
+    counted, g = _count(trainer, step, len(batches)), Geometry.of(case.hf_config())
+    result: dict[str, Any] = {
+        "case": case.name,
+        "parameters": memory.model_parameters(g),
+        "bytes": {name: _compared(size, counted[name]) for name, size in _forecast_bytes(case, g).items()},
+    }
+    if case.dtype == "fp32":
+        result |= _timed(case, g, step, lambda: trainer.score(batches), repeats)
+    return result
+
+
+def _timed(
+    case: Case, g: Geometry, step: Callable[[], object], score: Callable[[], object], repeats: int
+) -> dict[str, Any]:
     product, addition = _rates()
     works: dict[str, Callable[[], object]] = {
         "product": product,
         "addition": addition,
         "step": step,
-        "score": lambda: trainer.score(batches),
+        "score": score,
     }
     runs: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
@@ -159,15 +177,10 @@ def _measure(case: Case, layout: ParallelLayout, repeats: int) -> dict[str, Any]
     flops = 2 * rows * inner * columns / medians["product"]
     bytes_per_s = 3 * 4 * ADDED_NUMBERS / medians["addition"]
     machine = _machine(flops, bytes_per_s)
-    g, work_load = Geometry.of(case.hf_config()), _workload(case)
-    sequences = case.sequences * case.micro_batches
-    forecast = timing.training_step(g, machine, work_load, sequences)
+    work, sequences = _workload(case), case.sequences * case.micro_batches
     return {
-        "case": case.name,
-        "parameters": memory.model_parameters(g),
-        "bytes": {name: _compared(size, counted[name]) for name, size in _forecast_bytes(case, g).items()},
-        "step_s": _compared(forecast.total, medians["step"]),
-        "score_s": _compared(timing.scoring_pass(g, machine, work_load, sequences).total, medians["score"]),
+        "step_s": _compared(timing.training_step(g, machine, work, sequences).total, medians["step"]),
+        "score_s": _compared(timing.scoring_pass(g, machine, work, sequences).total, medians["score"]),
         "gflops": flops / 1e9,
         "gb_per_s": bytes_per_s / 1e9,
         "runs_s": runs,
@@ -177,16 +190,17 @@ def _measure(case: Case, layout: ParallelLayout, repeats: int) -> dict[str, Any]
 def _assemble(case: Case, layout: ParallelLayout) -> tuple[Trainer, list[MicroBatch]]:
     import torch
 
+    from megatron_ra3.assembly import DTYPES
     from megatron_ra3.model.build import build_model
     from megatron_ra3.model.trainer import MicroBatch, Trainer, build_optimizer
 
-    model = build_model(case.hf_config(), layout, dtype=torch.float32)
+    model = build_model(case.hf_config(), layout, dtype=DTYPES[case.dtype])
     for parameter in model.module.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     tokens = torch.randint(case.vocabulary, (case.micro_batches, case.sequences, case.tokens))
     rows = torch.arange(case.sequences * case.tokens)
     batches = [MicroBatch(part, rows, part.flatten()) for part in tokens]
-    return Trainer(model, build_optimizer(model, lr=1e-4), layout), batches
+    return Trainer(model, build_optimizer(model, lr=1e-4), layout, loss_precision=case.dtype), batches
 
 
 def _count(trainer: Trainer, step: Callable[[], object], micro_batches: int) -> dict[str, int]:
@@ -222,24 +236,27 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _state(trainer: Trainer) -> Iterator[Tensor]:
-    """Tensors of the optimizer that are not the model's: its moments."""
+    """Tensors of the optimizer that are not the model's: moments, and the fp32 copies of bf16 weights."""
+    own = {_storage(parameter) for parameter in trainer.model.module.parameters()}
     for part in trainer.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            yield from (parameter for parameter in group["params"] if _storage(parameter) not in own)
         for state in part.optimizer.state.values():
             yield from (value for value in state.values() if hasattr(value, "nbytes"))
 
 
 def _forecast_bytes(case: Case, g: Geometry) -> dict[str, float]:
-    """The same as `ra3 plan` would count them, without the blocks of logits, which no pass keeps."""
+    """The same as `ra3 plan` counts them."""
     sharding = memory.Sharding()
     parameters = memory.stage_parameters(g, sharding, 0, row_multiple=1)
     tokens = float(case.sequences * case.tokens)
     shape = memory.MicroBatchShape(tokens=tokens, sequence_tokens=float(case.tokens))
-    kept = memory.activation_bytes(g, sharding, 0, "fp32", shape, in_flight=1, fused=False)
+    kept = memory.activation_bytes(g, sharding, 0, case.dtype, shape, in_flight=1, fused=False)
     return {
-        "weights": 4.0 * parameters,
+        "weights": float(DTYPE_BYTES[case.dtype] * parameters),
         "gradients": 4.0 * parameters,
-        "optimizer": memory.optimizer_bytes_per_parameter("fp32", sharding) * parameters,
-        "activations": kept + memory.head_bytes(g, 1, "fp32", tokens, row_multiple=1, block_elements=0),
+        "optimizer": memory.optimizer_bytes_per_parameter(case.dtype, sharding) * parameters,
+        "activations": kept + memory.head_kept_bytes(g, 1, case.dtype, tokens, row_multiple=1),
     }
 
 

@@ -142,18 +142,21 @@ def activation_bytes(
     return in_flight * kept
 
 
-def head_bytes(
-    g: Geometry, tp_size: int, dtype: Dtype, tokens: float, *, row_multiple: int, block_elements: float
-) -> float:
-    """Peak of `kernels.linear_cross_entropy`: see there.
+def head_kept_bytes(g: Geometry, tp_size: int, dtype: Dtype, tokens: float, *, row_multiple: int) -> float:
+    """What `kernels.linear_cross_entropy` keeps for the backward pass: both its gradients, and row numbers."""
+    table = vocabulary_parameters(g, tp_size, row_multiple)
+    return DTYPE_BYTES[dtype] * (table + tokens * g.hidden) + 8 * tokens
+
+
+def head_bytes(g: Geometry, tp_size: int, dtype: Dtype, tokens: float, *, row_multiple: int) -> float:
+    """Peak of `kernels.linear_cross_entropy` on a GPU.
 
     The gradient of the weight in fp32 beside either the block of logits (with its bf16 gradient) or its own copy in
     `dtype`; and the gradient of the hidden states with its copy, and row numbers.
     """
-    size = DTYPE_BYTES[dtype]
     table = vocabulary_parameters(g, tp_size, row_multiple)
-    block = min(block_elements, tokens * table / g.hidden) * (4 if dtype == "fp32" else 6)
-    copied = 0 if dtype == "fp32" else size
+    block = min(HEAD_BLOCK_ELEMENTS, tokens * table / g.hidden) * (4 if dtype == "fp32" else 6)
+    copied = 0 if dtype == "fp32" else DTYPE_BYTES[dtype]
     return 4 * table + max(block, copied * table) + tokens * ((4 + copied) * g.hidden + 8)
 
 
@@ -172,14 +175,7 @@ def trainer_memory(
     last = stage == sharding.pp_size - 1
     head = 0.0
     if last:
-        head = head_bytes(
-            g,
-            sharding.tp_size,
-            dtype,
-            batch.tokens,
-            row_multiple=device.row_multiple,
-            block_elements=HEAD_BLOCK_ELEMENTS,
-        )
+        head = head_bytes(g, sharding.tp_size, dtype, batch.tokens, row_multiple=device.row_multiple)
     return TrainerMemory(
         weights=DTYPE_BYTES[dtype] * parameters,
         gradients=4.0 * parameters,
