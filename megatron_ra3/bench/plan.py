@@ -177,10 +177,10 @@ def _timed(
     flops = 2 * rows * inner * columns / medians["product"]
     bytes_per_s = 3 * 4 * ADDED_NUMBERS / medians["addition"]
     machine = _machine(flops, bytes_per_s)
-    work, sequences = _workload(case), case.sequences * case.micro_batches
+    load, sequences = _workload(case), case.sequences * case.micro_batches
     return {
-        "step_s": _compared(timing.training_step(g, machine, work, sequences).total, medians["step"]),
-        "score_s": _compared(timing.scoring_pass(g, machine, work, sequences).total, medians["score"]),
+        "step_s": _compared(timing.training_step(g, machine, load, sequences).total, medians["step"]),
+        "score_s": _compared(timing.scoring_pass(g, machine, load, sequences).total, medians["score"]),
         "gflops": flops / 1e9,
         "gb_per_s": bytes_per_s / 1e9,
         "runs_s": runs,
@@ -198,8 +198,7 @@ def _assemble(case: Case, layout: ParallelLayout) -> tuple[Trainer, list[MicroBa
     for parameter in model.module.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     tokens = torch.randint(case.vocabulary, (case.micro_batches, case.sequences, case.tokens))
-    rows = torch.arange(case.sequences * case.tokens)
-    batches = [MicroBatch(part, rows, part.flatten()) for part in tokens]
+    batches = [MicroBatch(part, torch.arange(part.numel()), part.flatten()) for part in tokens]
     return Trainer(model, build_optimizer(model, lr=1e-4), layout, loss_precision=case.dtype), batches
 
 
