@@ -20,7 +20,8 @@ def slurm(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         return
     status, output = run(["sbatch", "--version"])
     if status:
-        yield Finding("slurm", "sbatch", "warning", _last_line(output), "run it on a node where SLURM is configured (slurm.conf, SLURM_CONF)")
+        fix = "run it on a node where SLURM is configured (SLURM_CONF)"
+        yield Finding("slurm", "sbatch", "warning", _last_line(output), fix)
         return
     yield Finding("slurm", "sbatch", "ok", output)
     status, output = run(["sbatch", "--test-only", "--ntasks=1", "--time=1", "--wrap=true"])

@@ -6,7 +6,7 @@ A refusal names the memory that is missing, and the smallest change of settings 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_ra3.config import RunConfig
@@ -71,8 +71,8 @@ class Placement:
     sampler: Sampler
 
 
-def layouts(cluster: Cluster, task: Task) -> Iterator[Layout]:
-    """Candidates that use at most the nodes at hand; a single node is cut by GPUs."""
+def layouts(cluster: Cluster, task: Task, *, coarse: bool = False) -> Iterator[Layout]:
+    """Candidates that use at most the nodes at hand; a single node is cut by GPUs. `coarse`: few of many nodes."""
     parallel, per_node = task.config.parallel, cluster.gpus_per_node
 
     def layout(trainer_gpus: int, engine_gpus: int) -> Layout:
@@ -86,15 +86,20 @@ def layouts(cluster: Cluster, task: Task) -> Iterator[Layout]:
         )
 
     if not task.work.samples_latents:
-        yield from (layout(nodes * per_node, 0) for nodes in range(1, cluster.nodes + 1))
+        yield from (layout(nodes * per_node, 0) for nodes in _counts(cluster.nodes, coarse))
     elif cluster.nodes == 1:
         for engine_gpus in range(1, per_node):
             yield from (layout(gpus, engine_gpus) for gpus in range(1, per_node - engine_gpus + 1))
     else:
         fixed = cluster.engine_nodes
-        for engine_nodes in range(1, cluster.nodes) if fixed is None else (fixed,):
-            for nodes in range(1, cluster.nodes - engine_nodes + 1):
+        for engine_nodes in _counts(cluster.nodes - 1, coarse) if fixed is None else (fixed,):
+            for nodes in _counts(cluster.nodes - engine_nodes, coarse):
                 yield layout(nodes * per_node, engine_nodes * per_node)
+
+
+def _counts(most: int, coarse: bool) -> Iterator[int]:
+    """1 to `most`, or the powers of two among them and `most` itself."""
+    return (count for count in range(1, most + 1) if not coarse or count == most or count & (count - 1) == 0)
 
 
 def place(cluster: Cluster, task: Task, layout: Layout) -> Placement:
@@ -139,7 +144,8 @@ def fullest_stage(task: Task, machine: Machine) -> tuple[int, TrainerMemory]:
     """The pipeline stage that needs most memory, and what for."""
     widest = task.work.widest_batch
     shape = MicroBatchShape(tokens=widest, sequence_tokens=min(widest, task.work.max_sequence_tokens))
-    batches, _ = task.work.micro_batches(task.work.mstep_snippets / machine.layout.dp_size)
+    trajectories = max(task.work.mstep_snippets, task.work.estep_snippets * task.work.rollouts)
+    batches, _ = task.work.micro_batches(trajectories / machine.layout.dp_size)
     stages = {
         stage: trainer_memory(
             task.geometry,
@@ -193,21 +199,22 @@ def best(cluster: Cluster, task: Task) -> tuple[Placement, list[Placement]]:
     DoesNotFitError: none fits; it tells why, by how much, and what would.
     """
     refusals: list[DoesNotFitError] = []
-    fitting = _fitting(cluster, task, refusals)
+    fitting = _fitting(cluster, task, layouts(cluster, task), refusals)
     if not fitting:
         raise _refusal(cluster, task, refusals)
     return fitting[0], fitting
 
 
-def _fitting(cluster: Cluster, task: Task, refusals: list[DoesNotFitError] | None = None) -> list[Placement]:
+def _fitting(
+    cluster: Cluster, task: Task, candidates: Iterable[Layout], refusals: list[DoesNotFitError]
+) -> list[Placement]:
     """All layouts that fit, best first; the others' refusals are appended to `refusals`."""
     fitting = []
-    for layout in layouts(cluster, task):
+    for layout in candidates:
         try:
             fitting.append(place(cluster, task, layout))
         except DoesNotFitError as refusal:
-            if refusals is not None:
-                refusals.append(refusal)
+            refusals.append(refusal)
     return sorted(fitting, key=lambda placement: (placement.times.seconds, placement.layout.nodes))
 
 
@@ -228,7 +235,9 @@ def remedy(cluster: Cluster, task: Task) -> str:
     more = cluster
     while more.nodes <= MOST_NODES:
         fitting = [
-            (found[0].times.seconds, changed) for changed in _changes(more, task) if (found := _fitting(more, changed))
+            (found[0].times.seconds, changed)
+            for changed in _changes(more, task)
+            if (found := _fitting(more, changed, layouts(more, changed, coarse=True), []))
         ]
         if fitting:
             _, changed = min(fitting, key=lambda pair: pair[0])
@@ -252,7 +261,7 @@ def _changes(cluster: Cluster, task: Task) -> Iterator[Task]:
     for pipeline in (size for size in range(config.parallel.pipeline, 17) if g.layers % size == 0):
         for tensor in (size for size in widths if size >= config.parallel.tensor and _divides(g, size)):
             for tokens in batch_tokens:
-                for sharded in {config.parallel.distributed_optimizer: 0, True: 0}:
+                for sharded in sorted({config.parallel.distributed_optimizer, True}):
                     parallel = dataclasses.replace(
                         config.parallel,
                         pipeline=pipeline,

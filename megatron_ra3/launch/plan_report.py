@@ -24,7 +24,7 @@ def _row(name: str, text: str) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     asked, layout = plan.question, plan.chosen.layout
     yield _row("model", f"{asked.model}, {plan.parameters / 1e9:.2f} billion parameters, {asked.config.model.dtype}")
-    yield _row("cluster", f"{asked.nodes} nodes of {asked.gpus_per_node} {asked.gpu.upper()}")
+    yield _row("cluster", f"{asked.nodes} x {asked.gpus_per_node} {asked.gpu.upper()}")
     text = f"TP{layout.tp_size} x PP{layout.pp_size} x DP{layout.dp_size} on {layout.trainer_gpus} GPUs"
     if layout.engines:
         text += f"; {layout.engines} engines of TP{layout.engine_tp_size} on {layout.engine_gpus} GPUs"
