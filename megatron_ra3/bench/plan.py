@@ -2,7 +2,8 @@
 
 Memory must agree to the byte: parameters, gradients and optimizer tensors are counted, and every tensor that autograd
 keeps for the backward pass. Time must agree as well as a model of rates can: a plain product of matrices and a plain
-addition are measured beside each step, in turn, so that a busy machine slows all of them.
+addition are measured beside each step, in turn. Times are CPU seconds of one thread: on a busy machine wall time says
+how long a thread waited for its turn, and with several threads all wait for the one that got none.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ CASES = (
 
 def add_plan_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """How often, and where to."""
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
 
 
@@ -104,11 +105,14 @@ def measure(cases: tuple[Case, ...], repeats: int) -> dict[str, Any]:
 
     if torch.cuda.is_available():
         raise ValueError("this bench measures a CPU: hide the GPUs, CUDA_VISIBLE_DEVICES= ra3 bench plan")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     layout = parallel.initialize(1, 1, seed=0, timeout_s=600.0)
     try:
         found = [_measure(case, layout, repeats) for case in cases]
     finally:
         parallel.destroy()
+        torch.set_num_threads(threads)
     timed = [case for case in found if "step_s" in case]
     errors = {kind: [abs(case[kind]["error"]) for case in timed] for kind in ("step_s", "score_s")}
     return {
@@ -305,9 +309,9 @@ def _rates() -> tuple[Callable[[], object], Callable[[], object]]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     work()
-    return time.perf_counter() - started_s
+    return time.process_time() - started_s
 
 
 def _compared(forecast: float, measured: float) -> dict[str, float]:
