@@ -1,5 +1,6 @@
 """`ra3 bench plan`: the memory that `ra3 plan` forecasts is that of real tensors, to the byte."""
 
+import importlib
 import json
 from itertools import product
 
@@ -7,6 +8,7 @@ import pytest
 
 from megatron_ra3.bench import plan
 from megatron_ra3.cli import main
+from megatron_ra3.launch import memory
 
 
 @pytest.fixture
@@ -33,6 +35,11 @@ def test_memory_is_forecast_to_the_byte(tmp_path, capsys):
     assert len(timed) == 2
     for case in timed:
         assert case["step_s"]["error"] == case["step_s"]["forecast"] / case["step_s"]["measured"] - 1.0
+
+
+def test_the_block_of_logits_is_the_kernels():
+    kernel = importlib.import_module("megatron_ra3.kernels.linear_cross_entropy")  # its function has the same name
+    assert memory.HEAD_BLOCK_ELEMENTS == kernel.BLOCK_ELEMENTS
 
 
 def test_no_repeat_is_an_error(capsys):

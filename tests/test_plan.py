@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ra3.cli import main
 from megatron_ra3.config import load_config
+from megatron_ra3.corpus.manifest import Manifest, SplitInfo
 from megatron_ra3.launch.forecast import bottlenecks, model_flops
 from megatron_ra3.launch.hardware import GIB, GPUS, device
 from megatron_ra3.launch.layout import DoesNotFitError, Layout
@@ -210,6 +211,23 @@ def test_a_pipeline_waits_for_its_slowest_stage():
     whole = pipelined(stage, 0.5, 6, 4)
     assert whole.total == pytest.approx(5 * 1.5 + 4 * 1.0 + 0.5)
     assert whole.head == 3.0
+
+
+def test_a_corpus_tells_how_long_its_snippets_are():
+    train = SplitInfo(
+        files=1, repos=1, snippets=10, lines=300, native_comments=0, chars=14000, tokens=3900, shards=()
+    )  # fmt: skip
+    manifest = Manifest(2, {}, 1, 1, {}, {}, {}, {}, {}, None, {"train": train})
+    config = load_config(None, [*WITHOUT_CONFIG, "latents.max_rationale_tokens=20"])
+    work = workload(config, Assumptions(think_rate=0.1), manifest)
+    assert (work.snippet_tokens, work.actions) == (420.0, 30.0)  # 390 tokens of code and a gate per line
+    assert work.trajectory_tokens == pytest.approx(420.0 + 30 * 0.1 * 10)
+    assert work.micro_batches(40) == (3, pytest.approx(40 * 450 / 3))  # 18 sequences of 450 tokens fit in 8192
+    no_tokens = dataclasses.replace(manifest, splits={"train": dataclasses.replace(train, tokens=None)})
+    assert workload(config, Assumptions(), no_tokens).snippet_tokens == 14000 / 3.5 / 10 + 30
+    short = load_config(None, [*WITHOUT_CONFIG, "corpus.max_snippet_tokens=210"])
+    cut = workload(short, Assumptions(), manifest)
+    assert (cut.snippet_tokens, cut.actions) == (210.0, 15.0)
 
 
 @pytest.mark.parametrize(

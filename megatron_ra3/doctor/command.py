@@ -63,7 +63,8 @@ def examine(config: RunConfig | None, world: World | None = None) -> Iterator[Fi
         yield from files(Path(config.run_folder), world)
     if world is None or world.rank == world.first:
         yield from slurm()
-    yield from engine(config)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once per node: it imports vLLM
+        yield from engine(config)
     yield from kernels(config)
 
 

@@ -92,7 +92,7 @@ class World:
     def gather(self, findings: Iterable[Finding]) -> list[Finding]:
         """On the first rank: its findings, and what the others found amiss, marked with rank and host."""
         own = list(findings)
-        brought = self.meet("findings", to_json(own), patience=4)
+        brought = self.meet("findings", to_json(own), patience=12)
         if self.rank != self.first:
             return own
         for rank, items in brought.items():
@@ -103,7 +103,12 @@ class World:
         return own
 
     def _set(self, key: str, value: Any) -> None:
-        self.store.set(f"{PREFIX}/{key}", json.dumps(value))
+        from torch.distributed import DistError
+
+        try:
+            self.store.set(f"{PREFIX}/{key}", json.dumps(value))
+        except DistError as error:
+            raise self._lost(error) from error
 
     def _collect(self, key: str, ranks: Iterable[int], patience: int) -> dict[int, Any]:
         """The values that ranks set within `patience` time limits from now on."""
@@ -113,13 +118,18 @@ class World:
 
     def _get(self, key: str, limit_s: float) -> Any:
         """The value of a key, None where it does not appear in time."""
-        from torch.distributed import DistStoreError
+        from torch.distributed import DistError, DistStoreError
 
         try:
             self.store.wait([f"{PREFIX}/{key}"], timedelta(seconds=limit_s))
+            return json.loads(self.store.get(f"{PREFIX}/{key}"))
         except DistStoreError:
             return None
-        return json.loads(self.store.get(f"{PREFIX}/{key}"))
+        except DistError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> MeetingError:
+        return MeetingError(f"rank {self.rank} ({self.host}) lost the rendezvous: {str(error).splitlines()[0]}")
 
 
 def join(timeout_s: float, environment: MutableMapping[str, str] = os.environ) -> World | None:

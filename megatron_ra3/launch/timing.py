@@ -24,6 +24,7 @@ from megatron_ra3.launch.memory import (
 )
 from megatron_ra3.launch.workload import Workload
 from megatron_ra3.model.geometry import Geometry
+from megatron_ra3.rollout.window import LARGEST_WINDOW_LINES, WORTH_SCORING
 
 LAUNCH_S = 2e-4
 """Host time that Python and Megatron take for one layer in one direction; the GPU idles where it is faster."""
@@ -37,10 +38,6 @@ TP_LATENCY_S = 1.5e-5
 """Of one small all-reduce inside a node."""
 CACHE_BLOCK_TOKENS = 16
 """vLLM's prefix cache keeps whole blocks; half a one is computed again by every request."""
-WORTH_SCORING = 0.1
-"""`rollout.window.WORTH_SCORING`: a query ends where fewer trajectories than this would still act."""
-LARGEST_WINDOW = 64
-"""`rollout.window.LARGEST_WINDOW_LINES`."""
 
 Limit = Literal["engine.max_in_flight", "KV cache", "trajectories"]
 
@@ -237,7 +234,7 @@ def prefilled_tokens(work: Workload, rollouts: int) -> float:
     A group shares its first pass over the snippet. Every query after a rationale scores a window ahead, on average half
     of what is left at most, and half a cache block that the prefix cache does not hold.
     """
-    window = LARGEST_WINDOW
+    window = LARGEST_WINDOW_LINES
     if 0.0 < work.think_rate < 1.0:
         window = min(window, math.ceil(math.log(WORTH_SCORING) / math.log1p(-work.think_rate)))
     elif work.think_rate == 1.0:
