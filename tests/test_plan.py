@@ -355,7 +355,7 @@ def test_the_command_plans_from_a_config_alone(tmp_path, capsys):
         f"run_folder: r\ncorpus: {{folder: c}}\nmodel: {{folder: {tmp_path}, dtype: bf16}}\nengine: {{kind: vllm}}\n"
         "mstep: {steps: 10}\n"
     )
-    command = ["plan", str(path), "estep.steps=5", "--gpu-hour-price", "2"]
+    command = ["plan", str(path), "--gpu-hour-price", "2", "estep.steps=5"]
     assert main(command) == 0
     page = capsys.readouterr().out
     assert "1.54 billion parameters" in page
@@ -363,8 +363,12 @@ def test_the_command_plans_from_a_config_alone(tmp_path, capsys):
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 1_543_714_304
+    assert found["batch"]["estep_steps"] == 5
     assert found["per_billion_mstep_tokens"]["money"] == 2 * found["per_billion_mstep_tokens"]["gpu_hours"]
     assert main(["plan", "--model", "llama-3.1-70b", "parallel.tensor=8"]) == 2
     assert "DoesNotFit" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(path), "--nodes", "1", "nonsense"])
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "--model" in capsys.readouterr().err

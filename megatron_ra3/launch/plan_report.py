@@ -23,7 +23,8 @@ def _row(name: str, text: str) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
     asked, layout = plan.question, plan.chosen.layout
-    yield _row("model", f"{asked.model}, {plan.parameters / 1e9:.2f} billion parameters, {asked.config.model.dtype}")
+    count = f"{plan.parameters / 1e9:.2f} billion" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.1f} million"
+    yield _row("model", f"{asked.model}, {count} parameters, {asked.config.model.dtype}")
     yield _row("cluster", f"{asked.nodes} x {asked.gpus_per_node} {asked.gpu.upper()}")
     text = f"TP{layout.tp_size} x PP{layout.pp_size} x DP{layout.dp_size} on {layout.trainer_gpus} GPUs"
     if layout.engines:
