@@ -94,7 +94,9 @@ class World:
         own = list(findings)
         brought = self.meet("findings", to_json(own), patience=12)
         if self.rank != self.first:
+            self._set(f"left/{self.rank}", True)
             return own
+        self._collect("left", [rank for rank in brought if rank != self.first], patience=1)  # the store ends with us
         for rank, items in brought.items():
             amiss = [Finding(**item) for item in items if item["status"] != "ok"]
             where = f"rank {rank} ({self.hosts[rank]})"
