@@ -17,7 +17,8 @@ from megatron_ra3.kernels import Precision
 from megatron_ra3.kernels.tuning import tuning
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names, parallel
-from megatron_ra3.model.build import RA3Model, build_model, check_config
+from megatron_ra3.model.build import RA3Model, build_model
+from megatron_ra3.model.geometry import check_config
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

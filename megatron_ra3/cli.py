@@ -24,7 +24,7 @@ So is one that ended with 76, because nothing moved any more (`stall.STALLED`).
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2: bad input, 75: see STOPPED)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError, EngineError) as error:
@@ -32,8 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; argparse alone takes no `key=value` that follows an option, once a config file came before it."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [item for item in rest if item.startswith("-") or "=" not in item]
+    if unknown or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
+    from megatron_ra3.bench.plan import add_plan_bench_arguments, run_plan_bench
     from megatron_ra3.bench.prepare import add_prepare_bench_arguments, run_prepare_bench
     from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
     from megatron_ra3.bench.sandbox import add_sandbox_arguments, run_sandbox
@@ -43,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
-    from megatron_ra3.doctor import add_doctor_arguments, run_doctor
+    from megatron_ra3.doctor.command import add_doctor_arguments, run_doctor
     from megatron_ra3.evaluate.commands import add_eval_arguments, run_eval
+    from megatron_ra3.launch.plan_command import add_plan_arguments, run_plan
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
@@ -93,7 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
     report.set_defaults(run=_report)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels a run would use on it")
+    plan = commands.add_parser("plan", help="layout, memory, seconds and cost of a run on given nodes, without a GPU")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
+
+    doctor = commands.add_parser(
+        "doctor", help="what would stop or slow a run here: versions, GPUs, ranks, files, kernels"
+    )
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=run_doctor)
 
@@ -108,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     preparing = benches.add_parser("prepare", help="making a corpus: beside a plain pass over its sources")
     add_prepare_bench_arguments(preparing)
     preparing.set_defaults(run=run_prepare_bench)
+    planning = benches.add_parser("plan", help="what ra3 plan forecasts of a training step, beside steps taken here")
+    add_plan_bench_arguments(planning)
+    planning.set_defaults(run=run_plan_bench)
     stream = benches.add_parser("stream", help="reading a corpus: the exact stream beside plain webdataset")
     add_stream_arguments(stream)
     stream.set_defaults(run=run_stream)

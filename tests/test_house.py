@@ -44,6 +44,13 @@ FORBIDDEN_IMPORTS = {
     "report/signatures.py": HEAVY,
     "rollout/ahead.py": HEAVY,
     "rollout/staleness.py": HEAVY,
+    "model/geometry.py": HEAVY,
+    "launch/layout.py": HEAVY,
+    "launch/memory.py": HEAVY,
+    "launch/timing.py": HEAVY,
+    "launch/forecast.py": HEAVY,
+    "launch/placement.py": HEAVY,
+    "launch/plan.py": HEAVY,
     "rollout/sampler.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
     "objective.py": ENGINES | {"transformers", "webdataset", "aiohttp"},
 }
@@ -150,7 +157,9 @@ def test_modules_say_why_they_exist(module):
     assert ast.get_docstring(parse(PACKAGE / module))
 
 
-@pytest.mark.parametrize("module", ["config", "rlvr_config", "latents", "schedule", "corpus.lines"])
+@pytest.mark.parametrize(
+    "module", ["config", "rlvr_config", "latents", "schedule", "corpus.lines", "launch.plan_command"]
+)
 def test_pure_modules_import_without_heavy_packages(module):
     code = (
         "import sys\n"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import build_model
-from megatron_ra3.model.weight_map import Geometry, Slot, shard, unshard
+from megatron_ra3.model.geometry import Geometry
+from megatron_ra3.model.weight_map import Slot, shard, unshard
 from tests.distributed import run_ranks
 from tests.tiny_model import VOCABULARY, initialize, llama, open_trainer, qwen2, random_folder, weights
 

@@ -1,8 +1,7 @@
 """Build Megatron-Core's GPTModel from a Hugging Face config, for the Qwen2 and Llama families.
 
 The model ends in hidden states, not in logits: the likelihood kernel takes hidden states and the output layer's
-weight, so [tokens, vocabulary] never exists. Configs that ask for something this mapping lacks are refused by name,
-because a silently ignored key (a sliding window, a rope scaling) trains a different model.
+weight, so [tokens, vocabulary] never exists. `geometry.check_config` says which configs this mapping takes.
 """
 
 import importlib.util
@@ -15,8 +14,8 @@ import torch.nn.functional
 from torch import Tensor
 
 from megatron_ra3.model import cpu
+from megatron_ra3.model.geometry import Geometry, check_config, rope
 from megatron_ra3.model.parallel import ParallelLayout
-from megatron_ra3.model.weight_map import Geometry
 
 cpu.enable()
 
@@ -32,18 +31,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-FAMILIES = ("llama", "qwen2")
-_REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "vocab_size",
-)
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class HiddenStatesModel(GPTModel):
@@ -108,46 +95,6 @@ def build_model(
     return RA3Model(hf_config, layout, dtype, distributed_optimizer)
 
 
-def check_config(hf_config: Mapping[str, Any], layout: ParallelLayout) -> None:
-    """Refuse a Hugging Face config that this mapping or the layout cannot take, before anything is built or written.
-
-    ValueError: an unsupported family or setting, sizes that are missing or not positive numbers (all of them named),
-    or a tp or pp that does not divide what it must divide.
-    """
-    family = hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type={family!r} is not supported: use one of {', '.join(FAMILIES)}")
-    lacking = [key for key in _REQUIRED if not _is_positive(hf_config.get(key))]
-    if lacking:
-        raise ValueError(f"the model config lacks {', '.join(lacking)}: each must be a positive number")
-    unsupported = {
-        "hidden_act": hf_config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "use_sliding_window": bool(hf_config.get("use_sliding_window")),
-        "attention_bias": family == "llama" and bool(hf_config.get("attention_bias")),
-        "mlp_bias": bool(hf_config.get("mlp_bias")),
-        "attention_dropout": bool(hf_config.get("attention_dropout")),
-    }
-    for key, refused in unsupported.items():
-        if refused:
-            raise ValueError(f"{key}={hf_config[key]!r} is not supported for model_type={family!r}: change the config")
-    settings = rope(hf_config)
-    if settings["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope_type={settings['rope_type']!r} is not supported: use 'default' or 'llama3'")
-    lacking = [key for key in _LLAMA3_ROPE if not _is_positive(settings.get(key))]
-    if settings["rope_type"] == "llama3" and lacking:
-        raise ValueError(f"rope_type='llama3' lacks {', '.join(lacking)}: each must be a positive number")
-    geometry = Geometry.of(hf_config)
-    divisors = {
-        "num_attention_heads": (geometry.heads, "tp", layout.tp_size),
-        "num_key_value_heads": (geometry.kv_heads, "tp", layout.tp_size),
-        "intermediate_size": (geometry.ffn, "tp", layout.tp_size),
-        "num_hidden_layers": (geometry.layers, "pp", layout.pp_size),
-    }
-    for key, (value, name, size) in divisors.items():
-        if value % size:
-            raise ValueError(f"{name}={size} does not divide {key}={value}: choose a {name} that does")
-
-
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Round up so that every rank holds equally many rows; on a GPU a multiple of 128 each, for its matrix units."""
     multiple = tp_size * (128 if torch.cuda.is_available() else 1)
@@ -157,15 +104,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def has_transformer_engine() -> bool:
     """Transformer Engine's fused layers are used when this holds, else Megatron's own ("local") ones."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rope settings from either form: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    settings = {"rope_theta": hf_config.get("rope_theta"), **(hf_config.get("rope_scaling") or {})}
-    settings |= hf_config.get("rope_parameters") or {}
-    settings["rope_theta"] = settings["rope_theta"] or 10000.0
-    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
-    return settings
 
 
 def transformer_config(hf_config: Mapping[str, Any], layout: ParallelLayout, dtype: torch.dtype) -> TransformerConfig:
@@ -253,7 +191,3 @@ def _llama3_frequencies(inv_freq: Tensor, settings: Mapping[str, Any]) -> Tensor
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1.0 - blend) * inv_freq / settings["factor"] + blend * inv_freq
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ra3.model.build import RA3Model
-from megatron_ra3.model.weight_map import Geometry, Slot, shard, slots, unshard
+from megatron_ra3.model.geometry import Geometry
+from megatron_ra3.model.weight_map import Slot, shard, slots, unshard
 from megatron_ra3.stall import ACTIVITY
 
 MAX_FILE_BYTES = 4 * 2**30

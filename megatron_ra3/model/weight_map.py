@@ -5,11 +5,13 @@ loads without any error and trains a scrambled model, so both directions live he
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megatron_ra3.model.geometry import Geometry
 
 Kind = Literal["replicated", "columns", "qkv", "gate_up", "vocab"]
 
@@ -23,37 +25,6 @@ class Slot:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     kind: Kind
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """The sizes that the layouts depend on."""
-
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool
-
-    @classmethod
-    def of(cls, hf_config: Mapping[str, Any]) -> "Geometry":
-        """Read the sizes from a Hugging Face config."""
-        heads = int(hf_config["num_attention_heads"])
-        return cls(
-            hidden=int(hf_config["hidden_size"]),
-            ffn=int(hf_config["intermediate_size"]),
-            layers=int(hf_config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(hf_config.get("num_key_value_heads") or heads),
-            head_dim=int(hf_config.get("head_dim") or hf_config["hidden_size"] // heads),
-            vocab=int(hf_config["vocab_size"]),
-            tied=bool(hf_config.get("tie_word_embeddings", False)),
-            qkv_bias=hf_config["model_type"] == "qwen2",
-        )
 
 
 def slots(geometry: Geometry, pp_size: int) -> list[Slot]:
