@@ -20,8 +20,9 @@ from megatron_ra3.annotated import AnnotatedStore
 from megatron_ra3.assembly import assemble
 from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest
 from megatron_ra3.config import RunConfig, to_dict
+from megatron_ra3.corpus.manifest import TokenForm
 from megatron_ra3.corpus.stream import ShardStream
-from megatron_ra3.corpus.tokenized import SnippetTokenizer
+from megatron_ra3.corpus.tokenized import SnippetTokenizer, why_unused
 from megatron_ra3.deadline import Deadline
 from megatron_ra3.estep import EStep
 from megatron_ra3.kernels.backends import take_fallbacks
@@ -59,6 +60,7 @@ class Run:
         if layout.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         layout.barrier("run folder")
+        self.train, self.heldout = self._open_corpus()
         self.snippet_tokenizer = SnippetTokenizer(
             assembly.tokenizer,
             self.format,
@@ -66,8 +68,8 @@ class Run:
             max_tokens=config.corpus.max_snippet_tokens,
             max_rationale_tokens=config.latents.max_rationale_tokens,
             granularity=config.objective.granularity,
+            use_stored=self._can_use_stored_tokens(),
         )
-        self.train, self.heldout = self._open_corpus()
         self._heldout_start = self.heldout.state_dict()
         self.annotated = AnnotatedStore(self.folder / "annotated", layout.dp_rank)
         tokens = config.parallel.micro_batch_tokens
@@ -415,6 +417,17 @@ class Run:
             if found is not None:
                 raise found
         return train, heldout
+
+    def _can_use_stored_tokens(self) -> bool:
+        """Whether the corpus holds the token ids this run would make; says so where it holds others."""
+        latents = self.config.latents
+        form = TokenForm(self.assembly.tokenizer.fingerprint, latents.surface, latents.comments)
+        if self.train.token_form is None:
+            return False
+        reason = why_unused(self.train.token_form, form)
+        if reason and self.layout.rank == 0:
+            print(reason, flush=True)
+        return not reason
 
     def _take(self, stream: ShardStream, count: int) -> list[Snippet]:
         """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""

@@ -71,7 +71,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_workers(sources, tmp_path, m
     monkeypatch.setattr(staging, "BATCH_DOCUMENTS", 6)
     outs = [tmp_path / name for name in ("one", "two")]
     for out, workers in zip(outs, (1, 2), strict=True):
-        prepare(config(sources, out, tokenizer_vocab=300, workers=workers))
+        prepare(config(sources, out, tokenizer_vocab=300, pretokenize="newline", workers=workers))
     found = [tree(out) for out in outs]
     assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json", "report.html"} <= set(
         found[0]

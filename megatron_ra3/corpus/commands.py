@@ -11,13 +11,14 @@ from typing import get_args
 from megatron_ra3.corpus.examine import Filter
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import PERMISSIVE
-from megatron_ra3.corpus.lines import join_lines
+from megatron_ra3.corpus.lines import CommentMode, join_lines
 from megatron_ra3.corpus.manifest import SPLITS, Manifest
 from megatron_ra3.corpus.prepare import DEFAULT_EXCLUDE, PrepareConfig, prepare, reasons
 from megatron_ra3.corpus.rearrange import merge_corpora, split_corpus
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.verify import problems
+from megatron_ra3.latents import Surface
 
 STDLIB_EXCLUDE = ("test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "encodings", "_sysconfigdata*")
 
@@ -55,7 +56,21 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-lines", type=int, default=limits.min_lines, help="drop shorter snippets (default %(default)s)")
     add("--heldout-fraction", type=float, default=defaults.heldout_fraction, help="of repositories, %(default)s")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard, help="default %(default)s")
+
+    add = parser.add_argument_group("tokens").add_argument
     add("--tokenizer-vocab", type=int, default=None, metavar="N", help="train a byte-level BPE into OUT/tokenizer")
+    add("--tokenizer", default="", metavar="FOLDER", help="count tokens with that of a model; copied to OUT/tokenizer")
+    add(
+        "--pretokenize",
+        choices=get_args(Surface),
+        help="store token ids beside the text, for runs of this latents.surface; takes a tokenizer",
+    )
+    add(
+        "--comments",
+        choices=get_args(CommentMode),
+        default=defaults.comments,
+        help="with --pretokenize: the latents.comments of these runs (default %(default)s)",
+    )
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -81,6 +96,9 @@ def run_prepare(args: argparse.Namespace) -> int:
         max_file_bytes=args.max_file_bytes,
         limit_files=args.limit_files,
         tokenizer_vocab=args.tokenizer_vocab,
+        tokenizer=args.tokenizer,
+        pretokenize=args.pretokenize,
+        comments=args.comments,
         workers=args.workers,
         overwrite=args.overwrite,
     )
@@ -177,5 +195,8 @@ def _print_stats(manifest: Manifest) -> None:
             f"  {name:<8} {split.files:>8,} files {split.repos:>6,} repositories {split.snippets:>9,} snippets "
             f"{split.lines:>10,} lines {split.native_comments:>8,} comments{tokens} {len(split.shards):>4,} shards"
         )
+    if manifest.token_form:
+        form = manifest.token_form
+        print(f"  stored   token ids for latents.surface={form.surface} latents.comments={form.comments}")
     print(f"  dropped  {reasons(manifest.files_dropped)}; {reasons(manifest.cut_dropped)}")
     print(f"  scrubbed {reasons(manifest.scrubbed)}")

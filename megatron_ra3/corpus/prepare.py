@@ -26,14 +26,17 @@ from megatron_ra3.corpus.examine import Filter, Rules
 from megatron_ra3.corpus.inputs import Input, find_inputs
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import normalise
-from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo
+from megatron_ra3.corpus.lines import CommentMode
+from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo, TokenForm
+from megatron_ra3.corpus.pretokenize import pretokenize_shards
 from megatron_ra3.corpus.progress import read_with_progress
 from megatron_ra3.corpus.publish import publish, refuse_existing
 from megatron_ra3.corpus.report import Report, write_report
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.staging import BATCH_BYTES, Batch, examine_all, load_batch
-from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB
-from megatron_ra3.corpus.vocabulary import count_tokens, train_on_shards
+from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB, load_tokenizer
+from megatron_ra3.corpus.vocabulary import adopt_tokenizer, count_tokens, train_on_shards
+from megatron_ra3.latents import Surface
 
 DEFAULT_EXCLUDE = (".*", "__pycache__", "site-packages", "dist-packages")
 _STAGING = ".preparing"
@@ -66,6 +69,12 @@ class PrepareConfig:
     limit_files: int | None = None
     tokenizer_vocab: int | None = None
     """Train a tokenizer of that many tokens on the training split."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face tokenizer that the corpus takes instead."""
+    pretokenize: Surface | None = None
+    """Store the token ids of every line too, as runs of this `latents.surface` need them."""
+    comments: CommentMode = "observe"
+    """The `latents.comments` of those runs."""
     workers: int = 0
     """Processes; 0: one per core."""
     overwrite: bool = False
@@ -83,6 +92,18 @@ class PrepareConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
+        if self.tokenizer and self.tokenizer_vocab is not None:
+            raise ValueError(
+                f"tokenizer={self.tokenizer} with tokenizer_vocab={self.tokenizer_vocab}: give one of the two"
+            )
+        if self.pretokenize and not (self.tokenizer or self.tokenizer_vocab):
+            raise ValueError(f"pretokenize={self.pretokenize} needs the tokenizer of your model, or a tokenizer_vocab")
+        if self.comments != "observe" and not self.pretokenize:
+            raise ValueError(
+                f"comments={self.comments} shapes token ids alone: the text keeps all; set pretokenize too"
+            )
+        if self.pretokenize == "newline" and self.comments == "keep_as_code":
+            raise ValueError("pretokenize=newline with comments=keep_as_code: no run reads that; see latents.comments")
         if not self.sources:
             raise ValueError("no source given; name folders, archives, JSONL or Parquet files, or --stdlib")
         for name, known in (("without", get_args(Filter)), ("languages", tuple(LANGUAGES))):
@@ -114,6 +135,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     for path in config.benchmarks:
         if not Path(path).is_file():
             raise ValueError(f"benchmark file {path} does not exist")
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer)
     out = Path(config.out)
     if not config.overwrite:
         refuse_existing(out, "choose another --out or pass --overwrite")
@@ -147,7 +170,7 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
     contents = count(plan, write_splits(plan, folder, config.samples_per_shard, workers))
     if not contents.splits["train"].snippets:
         raise EmptyCorpusError(_empty_corpus(config, seen, contents.splits["heldout"]))
-    tokenizer_sha256, splits = _tokens(config, folder, contents)
+    form, splits = _tokens(config, folder, contents, workers)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         settings=_settings(config) | {"benchmarks": benchmarks},
@@ -158,8 +181,9 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
         scrubbed=dict(seen.scrubbed),
         licences=dict(contents.licences),
         languages=dict(contents.languages),
-        tokenizer_sha256=tokenizer_sha256,
+        tokenizer_sha256=form.tokenizer_sha256 if form else None,
         splits=splits,
+        token_form=form if config.pretokenize else None,
     )
     write_report(folder, Report(manifest, contents.repos, seen.examples))
     return manifest
@@ -221,15 +245,25 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _tokens(config: PrepareConfig, folder: Path, contents: Contents) -> tuple[str | None, dict[str, SplitInfo]]:
-    """Trains a tokenizer, if asked to, and counts what it makes of the splits."""
-    if config.tokenizer_vocab is None:
+def _tokens(
+    config: PrepareConfig, folder: Path, contents: Contents, workers: int
+) -> tuple[TokenForm | None, dict[str, SplitInfo]]:
+    """Brings a tokenizer into `folder`, counts what it makes of the splits, and stores that; each if asked to."""
+    if config.tokenizer_vocab is not None:
+        tokenizer = train_on_shards(folder, contents.splits["train"], config.tokenizer_vocab)
+    elif config.tokenizer:
+        tokenizer = adopt_tokenizer(Path(config.tokenizer), folder)
+    else:
         return None, contents.splits
-    tokenizer = train_on_shards(folder, contents.splits["train"], config.tokenizer_vocab)
+    form = TokenForm(tokenizer.fingerprint, config.pretokenize or "newline", config.comments)
     splits = {
         name: replace(split, tokens=count_tokens(tokenizer, folder, split)) for name, split in contents.splits.items()
     }
-    return tokenizer.fingerprint, splits
+    if config.pretokenize:
+        for name, split in splits.items():
+            tars = [folder / shard.tar.name for shard in split.shards]
+            splits[name] = replace(split, shards=pretokenize_shards(tars, tokenizer.folder, form, workers))
+    return form, splits
 
 
 def _fingerprint(config: PrepareConfig, benchmarks: dict[str, str]) -> str:
