@@ -13,8 +13,9 @@ from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import PERMISSIVE
 from megatron_ra3.corpus.lines import CommentMode, join_lines
 from megatron_ra3.corpus.manifest import SPLITS, Manifest
+from megatron_ra3.corpus.merge import merge_corpora
 from megatron_ra3.corpus.prepare import DEFAULT_EXCLUDE, PrepareConfig, prepare, reasons
-from megatron_ra3.corpus.rearrange import merge_corpora, split_corpus
+from megatron_ra3.corpus.rearrange import split_corpus
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.verify import problems
@@ -140,6 +141,10 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("folders", type=Path, nargs="+")
     merge.add_argument("--out", type=Path, required=True)
     merge.add_argument("--samples-per-shard", type=_positive, default=PrepareConfig.samples_per_shard)
+    merge.add_argument(
+        "--similarity", type=float, default=None, help="of near duplicates (default: as the parts were prepared)"
+    )
+    merge.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     merge.set_defaults(run=_merge)
 
 
@@ -181,9 +186,16 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    manifest = merge_corpora(args.folders, args.out, args.samples_per_shard)
+    merged = merge_corpora(
+        args.folders, args.out, args.samples_per_shard, similarity=args.similarity, workers=args.workers
+    )
     print(f"{args.out}:")
-    _print_stats(manifest)
+    _print_stats(merged.manifest)
+    print(f"  across   {len(args.folders)} parts {merged.duplicates:,} duplicates", end="")
+    if merged.similarity is None:
+        print(f"; near duplicates were not looked for: {merged.reason}; give --similarity to drop them")
+    else:
+        print(f" and {merged.near_duplicates:,} near duplicates (similarity {merged.similarity:g}) dropped")
     return 0
 
 

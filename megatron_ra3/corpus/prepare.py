@@ -5,14 +5,11 @@ duplicates and splits are decided from what was kept (`assemble.py`), and shards
 settings give the same bytes whatever the number of workers; a killed run goes on by the same command.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_ra3 import __version__
-from megatron_ra3.corpus.assemble import DUPLICATE, NEAR_DUPLICATE, Contents, Plan, count, plan_corpus, write_splits
+from megatron_ra3.corpus.assemble import Contents, Plan, count, names_of, plan_corpus, write_splits
 from megatron_ra3.corpus.decontaminate import Benchmarks
 from megatron_ra3.corpus.examine import Filter, Rules
 from megatron_ra3.corpus.inputs import Input, find_inputs
@@ -28,18 +25,20 @@ from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import normalise
 from megatron_ra3.corpus.lines import CommentMode
 from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo, TokenForm
+from megatron_ra3.corpus.originals import largest_families
+from megatron_ra3.corpus.pool import num_workers
 from megatron_ra3.corpus.pretokenize import pretokenize_shards
 from megatron_ra3.corpus.progress import read_with_progress
-from megatron_ra3.corpus.publish import publish, refuse_existing
-from megatron_ra3.corpus.report import Report, write_report
+from megatron_ra3.corpus.publish import claim, finish_publication, is_publishing, publish, refuse_existing
+from megatron_ra3.corpus.report import Report, report_families, write_report
 from megatron_ra3.corpus.snippets import SnippetLimits
-from megatron_ra3.corpus.staging import BATCH_BYTES, Batch, examine_all, load_batch
+from megatron_ra3.corpus.staging import Batch, examine_all, load_batch
 from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB, load_tokenizer
 from megatron_ra3.corpus.vocabulary import adopt_tokenizer, count_tokens, train_on_shards
 from megatron_ra3.latents import Surface
 
 DEFAULT_EXCLUDE = (".*", "__pycache__", "site-packages", "dist-packages")
-_STAGING = ".preparing"
+_FIX = "choose another --out or pass --overwrite"
 _EXAMPLES_PER_REASON = 20
 
 
@@ -137,19 +136,27 @@ def prepare(config: PrepareConfig) -> Manifest:
             raise ValueError(f"benchmark file {path} does not exist")
     if config.tokenizer:
         load_tokenizer(config.tokenizer)
-    out = Path(config.out)
-    if not config.overwrite:
-        refuse_existing(out, "choose another --out or pass --overwrite")
-    with _staging(out) as staging:
-        manifest = _build(config, inputs, staging)
-        publish(staging / "corpus", out, manifest)
-    return manifest
-
-
-def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
-    small = sum(source.bytes for source in inputs) < BATCH_BYTES
-    workers = config.workers or (1 if small else len(os.sched_getaffinity(0)))
     benchmarks = {path: DataFile.of(Path(path)).sha256 for path in config.benchmarks}
+    out = Path(config.out)
+    if not config.overwrite and not is_publishing(out):
+        refuse_existing(out, _FIX)
+    with claim(out) as staging:
+        if is_publishing(out):
+            manifest = finish_publication(out)
+            if manifest.settings == _settings(config, benchmarks):
+                return manifest
+            if not config.overwrite:
+                refuse_existing(out, _FIX)
+        try:
+            manifest = _build(config, inputs, benchmarks, staging)
+        except EmptyCorpusError:
+            shutil.rmtree(staging)
+            raise
+        return publish(out, manifest)
+
+
+def _build(config: PrepareConfig, inputs: Sequence[Input], benchmarks: dict[str, str], staging: Path) -> Manifest:
+    workers = num_workers(config.workers, sum(source.bytes for source in inputs))
     rules = Rules(
         limits=config.limits,
         without=frozenset(config.without),
@@ -173,7 +180,7 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
     form, splits = _tokens(config, folder, contents, workers)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        settings=_settings(config) | {"benchmarks": benchmarks},
+        settings=_settings(config, benchmarks),
         files_seen=seen.documents,
         bytes_seen=seen.bytes,
         files_dropped=dict(seen.dropped),
@@ -185,7 +192,10 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
         splits=splits,
         token_form=form if config.pretokenize else None,
     )
-    write_report(folder, Report(manifest, contents.repos, seen.examples))
+    families = largest_families(plan.originals)
+    names = names_of(plan, [file for family in families for file in family.files])
+    copies = report_families(plan.originals, families, names)
+    write_report(folder, Report(manifest, contents.repos, seen.examples, copies))
     return manifest
 
 
@@ -210,8 +220,8 @@ class _Seen:
             shown += examples[: _EXAMPLES_PER_REASON - len(shown)]
 
     def add_duplicates(self, plan: Plan) -> None:
-        for reason, fate in (("duplicate", DUPLICATE), ("near_duplicate", NEAR_DUPLICATE)):
-            self.dropped += Counter({reason: int((plan.fate == fate).sum())})
+        found = plan.originals
+        self.dropped += Counter(duplicate=int(found.exact.sum()), near_duplicate=int(found.near.sum()))
 
 
 def _examine(
@@ -223,26 +233,6 @@ def _examine(
     folder = staging / "batches"
     folder.mkdir(exist_ok=True)
     return list(examine_all(islice(documents, config.limit_files), rules, fingerprint, folder, workers))
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder in `out` that outlives a kill and an error, and goes when the work is done or was in vain."""
-    folder = out / _STAGING
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another process is preparing a corpus in {out}; wait for it, or choose another --out"
-            ) from None
-        try:
-            yield folder
-        except EmptyCorpusError:
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
 
 
 def _tokens(
@@ -269,18 +259,18 @@ def _tokens(
 def _fingerprint(config: PrepareConfig, benchmarks: dict[str, str]) -> str:
     """What decides the fate of a document besides itself."""
     names = ("limits", "without", "licences", "unknown_licence")
-    settings = _settings(config)
+    settings = _settings(config, benchmarks)
     libraries = [version(name) for name in ("datasketch", "detect-secrets", "pygments")]
     programs = [__version__, FORMAT_VERSION, sys.version, *libraries]
     return json.dumps([programs, [settings[name] for name in names], sorted(benchmarks.values())])
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
+def _settings(config: PrepareConfig, benchmarks: dict[str, str]) -> dict[str, Any]:
     """The settings that shape the corpus, as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     for name in ("out", "overwrite", "workers"):
         del settings[name]
-    return settings
+    return settings | {"benchmarks": benchmarks}
 
 
 def _empty_corpus(config: PrepareConfig, seen: _Seen, heldout: SplitInfo) -> str:

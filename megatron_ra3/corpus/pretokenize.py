@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.lines import annotate
 from megatron_ra3.corpus.manifest import Shard, TokenForm
-from megatron_ra3.corpus.pool import worker_pool
+from megatron_ra3.corpus.pool import map_in_processes
 from megatron_ra3.corpus.shards import read_shard, write_shard
 from megatron_ra3.corpus.snippets import SnippetRecord
 from megatron_ra3.corpus.tokenizer import load_tokenizer
@@ -23,11 +23,7 @@ def pretokenize_shards(
     tars: Sequence[Path], tokenizer_folder: Path, form: TokenForm, workers: int
 ) -> tuple[Shard, ...]:
     """Replaces shards by ones whose samples also hold the ids of their lines; equal bytes for any number of workers."""
-    count = len(tars)
-    if workers == 1 or count <= 1:
-        return tuple(map(_rewrite, tars, [tokenizer_folder] * count, [form] * count))
-    with worker_pool(min(workers, count)) as pool:
-        return tuple(pool.map(_rewrite, tars, [tokenizer_folder] * count, [form] * count))
+    return tuple(map_in_processes(_rewrite, [(tar, tokenizer_folder, form) for tar in tars], workers))
 
 
 def with_tokens(record: SnippetRecord, tokenizer: Tokenizer, form: TokenForm) -> SnippetRecord:
