@@ -201,7 +201,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _print_stats(manifest: Manifest) -> None:
     print(f"  seen     {manifest.files_seen:>8,} files {manifest.bytes_seen / 1e6:>10,.1f} MB")
-    for name, split in manifest.splits.items():
+    for name in filter(manifest.splits.__contains__, SPLITS):
+        split = manifest.splits[name]
         tokens = "" if split.tokens is None else f" {split.tokens:>12,} tokens"
         print(
             f"  {name:<8} {split.files:>8,} files {split.repos:>6,} repositories {split.snippets:>9,} snippets "

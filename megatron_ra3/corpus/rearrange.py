@@ -157,8 +157,7 @@ def write_corpus(
 def similarity_of(corpus: Manifest) -> float | None:
     """From which similarity on near duplicates were dropped from a corpus; None: they were kept."""
     kept = "near_duplicates" in corpus.settings.get("without", ())
-    similarity: float | None = corpus.settings["similarity"]
-    return None if kept else similarity
+    return None if kept else corpus.settings.get("similarity")
 
 
 def records_of(folder: Path, split: SplitInfo) -> Iterator[SnippetRecord]:
