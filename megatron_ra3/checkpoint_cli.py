@@ -62,7 +62,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.folder}: no checkpoint is whole, so none is removed")
     every = arguments.keep_every
     if every is None:
-        every = read_manifest(whole[-1])["config"]["checkpoint"].get("keep_every_steps", 0)
+        every = read_manifest(whole[-1])["config"]["checkpoint"]["keep_every_steps"]
     for path in superseded(whole, keep_last=arguments.keep, keep_every_steps=every):
         print(f"{'would remove' if arguments.dry_run else 'removed'} {path} ({_megabytes(read_manifest(path)):.1f} MB)")
         if not arguments.dry_run:
@@ -93,8 +93,7 @@ def _row(path: Path) -> str:
     sizes = "x".join(str(layout[name]) for name in ("tensor", "pipeline", "data"))
     age_s = time.time() - (path / "manifest.json").stat().st_mtime
     return (
-        f"{path.name:<24}{manifest.get('at', '-'):<22}{_megabytes(manifest):>12.1f}{_age(age_s):>10}{sizes:>14}  "
-        f"{'sizes are right' if 'sha256' in manifest else 'sizes are right, no checksums'}"
+        f"{path.name:<24}{manifest['at']:<22}{_megabytes(manifest):>12.1f}{_age(age_s):>10}{sizes:>14}  sizes are right"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,13 +24,31 @@ So is one that ended with 76, because nothing moved any more (`stall.STALLED`).
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status (2: bad input, 75: see STOPPED)."""
+    """Run one subcommand; returns the exit status (2: bad input, 75: see STOPPED, 141: nobody reads what it prints)."""
     arguments = _parse(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _has_lost_its_reader(sys.stdout.fileno()):
+            return _fail(arguments, error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, EngineError) as error:
-        print(f"ra3 {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(arguments, error)
+    return status
+
+
+def _fail(arguments: argparse.Namespace, error: Exception) -> int:
+    print(f"ra3 {arguments.command}: {error}", file=sys.stderr)
+    return 2
+
+
+def _has_lost_its_reader(descriptor: int) -> bool:
+    """Whether a pipe is closed at its other end, as by `ra3 corpus head CORPUS | head`."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -16,6 +16,9 @@ from typing import Literal, Protocol
 Surface = Literal["newline", "special"]
 NOT_SAMPLED = 0.0
 
+LineIds = tuple[Sequence[int], Sequence[int] | None]
+"""Token ids of a line and of its native rationale, if it has one."""
+
 
 class Tokenizer(Protocol):
     """What a latent format needs of a tokenizer; `corpus.tokenizer.CodeTokenizer` is the real one."""
@@ -213,15 +216,19 @@ class LatentFormat:
         self, tokenizer: Tokenizer, snippet_id: str, prompt: str, lines: Sequence[tuple[str | None, str]]
     ) -> Snippet:
         """Tokenise segment by segment; `lines` are (native rationale text or None, line text) pairs."""
-        ending = "" if self.surface == "newline" else "\n"
-        ids = tuple(tuple(tokenizer.encode(text + ending)) for _, text in lines)
-        native = tuple(None if text is None else tuple(tokenizer.encode(text)) for text, _ in lines)
+        ids = [encode_line(tokenizer, self.surface, *line) for line in lines]
+        return self.snippet(snippet_id, tokenizer.encode(prompt), ids)
+
+    def snippet(self, snippet_id: str, prompt: Sequence[int], lines: Sequence[LineIds]) -> Snippet:
+        """Put a snippet together from token ids that `encode_line` made; ValueError where a line reads as a latent."""
+        ids = tuple(tuple(line) for line, _ in lines)
+        native = tuple(None if rationale is None else tuple(rationale) for _, rationale in lines)
         if self.conditions_line and any(line[:1] == self.think_suffix for line in ids):
             raise ValueError(
                 f"snippet {snippet_id}: a line starts with '#', which the newline form reads as a rationale; "
                 "use latents.comments=observe or strip, or latents.surface=special"
             )
-        return Snippet(snippet_id, self.start + tuple(tokenizer.encode(prompt)), ids, native)
+        return Snippet(snippet_id, self.start + tuple(prompt), ids, native)
 
     def merge(self, snippet: Snippet, sizes: Sequence[int]) -> Snippet:
         """Make one action of every `sizes[i]` lines in a row; the rationale of the first is kept.
@@ -344,6 +351,12 @@ class LatentFormat:
         trajectory.append(Kind.LINE, trajectory.num_lines, line)
         trajectory.thought.append(think)
         trajectory.well_formed.append(well_formed)
+
+
+def encode_line(tokenizer: Tokenizer, surface: Surface, rationale: str | None, text: str) -> LineIds:
+    """Token ids of a line, with the newline that the special form ends it by, and of its native rationale."""
+    ids = tokenizer.encode(text if surface == "newline" else f"{text}\n")
+    return ids, None if rationale is None else tokenizer.encode(rationale)
 
 
 def _single(tokenizer: Tokenizer, text: str) -> int:

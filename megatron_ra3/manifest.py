@@ -18,7 +18,7 @@ from typing import Any
 from megatron_ra3.durable import sync
 from megatron_ra3.stall import ACTIVITY
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FINISHED = "step-" + "[0-9]" * 8
 _DAMAGED = "damaged-"
 
@@ -74,12 +74,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def altered(checkpoint: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """What is wrong with the content of the files `names`; those of a program older than checksums have none."""
-    digests = manifest.get("sha256", {})
+    """What is wrong with the content of the files `names`."""
     return [
         f"checkpoint {checkpoint}: {name} has another sha256 than when it was saved"
         for name in names
-        if name in digests and sha256(checkpoint / name) != digests[name]
+        if sha256(checkpoint / name) != manifest["sha256"][name]
     ]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from megatron_ra3.annotated import AnnotatedStore
 from megatron_ra3.assembly import assemble
 from megatron_ra3.config import RunConfig
+from megatron_ra3.corpus.manifest import TokenForm
 from megatron_ra3.corpus.stream import ShardStream
-from megatron_ra3.corpus.tokenized import SnippetTokenizer
+from megatron_ra3.corpus.tokenized import SnippetTokenizer, why_unused
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import Snippet, Trajectory
 from megatron_ra3.lifecycle import DurableRun
@@ -34,6 +35,8 @@ class Run(DurableRun[RunConfig]):
     def __init__(self, config: RunConfig) -> None:
         assembly = assemble(config)
         layout = assembly.layout
+        self.train, self.heldout = _open_corpus(config, layout)
+        form = TokenForm(assembly.tokenizer.fingerprint, config.latents.surface, config.latents.comments)
         self.snippet_tokenizer = SnippetTokenizer(
             assembly.tokenizer,
             assembly.format,
@@ -41,8 +44,8 @@ class Run(DurableRun[RunConfig]):
             max_tokens=config.corpus.max_snippet_tokens,
             max_rationale_tokens=config.latents.max_rationale_tokens,
             granularity=config.objective.granularity,
+            use_stored=_can_use_stored_tokens(self.train, form, says_why=layout.rank == 0),
         )
-        self.train, self.heldout = _open_corpus(config, layout)
         self._heldout_start = self.heldout.state_dict()
         tokens = config.parallel.micro_batch_tokens
         self.estep = EStep(
@@ -275,3 +278,13 @@ def _open_corpus(config: RunConfig, layout: ParallelLayout) -> tuple[ShardStream
         if found is not None:
             raise found
     return train, heldout
+
+
+def _can_use_stored_tokens(stream: ShardStream, form: TokenForm, *, says_why: bool) -> bool:
+    """Whether the corpus holds the token ids this run would make."""
+    if stream.token_form is None:
+        return False
+    reason = why_unused(stream.token_form, form)
+    if reason and says_why:
+        print(reason, flush=True)
+    return not reason

@@ -1,15 +1,17 @@
 """`ra3 checkpoint`: what is listed, found damaged and removed."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_ra3.cli import main
-from megatron_ra3.manifest import write_manifest
+from megatron_ra3.manifest import FORMAT_VERSION, write_manifest
 
 CONTENTS = {
-    "format_version": 1,
+    "format_version": FORMAT_VERSION,
     "at": "estep r1 2/3",
     "layout": {"tensor": 2, "pipeline": 1, "data": 4},
     "config": {"checkpoint": {"keep_every_steps": 20}},
@@ -33,10 +35,12 @@ def _kept(run: Path) -> list[int]:
 def test_checkpoints_are_listed_with_what_is_wrong_with_them(run, capsys):
     (run / "checkpoints" / "step-00000020" / "state" / "weights").write_text("cut")
     (run / "checkpoints" / "step-00000010").rename(run / "checkpoints" / "damaged-step-00000010")
+    three_hours_ago = time.time() - 3 * 3600
+    os.utime(run / "checkpoints" / "step-00000030" / "manifest.json", (three_hours_ago, three_hours_ago))
     assert main(["checkpoint", "list", str(run)]) == 0
     _, damaged, whole, _, aside = capsys.readouterr().out.splitlines()
     assert "state/weights has 3 bytes instead of 1000" in damaged
-    assert whole.split()[:7] == ["step-00000030", "estep", "r1", "2/3", "0.0", "0", "s"]
+    assert whole.split()[:7] == ["step-00000030", "estep", "r1", "2/3", "0.0", "3.0", "h"]
     assert whole.split()[7:] == ["2x1x4", "sizes", "are", "right"]
     assert aside.startswith("damaged-step-00000010")
 
@@ -65,7 +69,7 @@ def test_prune_keeps_the_newest_whole_ones_and_the_archive(run, capsys):
 
 def test_prune_removes_nothing_where_nothing_is_whole(run, capsys):
     for path in (run / "checkpoints").glob("*/manifest.json"):
-        path.write_text(json.dumps({"format_version": 1, "files": {"state/weights": 1}}))
+        path.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": {"state/weights": 1}}))
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
     assert "no checkpoint is whole" in capsys.readouterr().err
     assert _kept(run) == [10, 20, 30, 40]

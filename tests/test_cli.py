@@ -123,6 +123,25 @@ def test_a_config_typo_is_one_line_and_status_2(tmp_path):
     assert done.stderr == "ra3 midtrain: unknown config key 'objective.penalti'; did you mean 'objective.penalty'?\n"
 
 
+def test_a_reader_that_has_enough_ends_the_command_silently(small_corpus):
+    """More is printed than a pipe holds; the reader takes a line of it and leaves."""
+    command = [sys.executable, "-m", "megatron_ra3", "corpus", "head", str(small_corpus), "-n", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("==> ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_an_error_as_any(monkeypatch, capfd):
+    def lose_a_connection(_folder):
+        raise BrokenPipeError(32, "Broken pipe", "engine")
+
+    monkeypatch.setattr("megatron_ra3.corpus.commands.Manifest.load", lose_a_connection)
+    assert main(["corpus", "stats", "c"]) == 2
+    assert capfd.readouterr().err == "ra3 corpus: [Errno 32] Broken pipe: 'engine'\n"
+
+
 def test_wandb_gets_the_metrics_offline(small_corpus, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -71,7 +71,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_workers(sources, tmp_path, m
     monkeypatch.setattr(staging, "BATCH_DOCUMENTS", 6)
     outs = [tmp_path / name for name in ("one", "two")]
     for out, workers in zip(outs, (1, 2), strict=True):
-        prepare(config(sources, out, tokenizer_vocab=300, workers=workers))
+        prepare(config(sources, out, tokenizer_vocab=300, pretokenize="newline", workers=workers))
     found = [tree(out) for out in outs]
     assert {"manifest.json", "train-00000.tar", "heldout-00000.npy", "tokenizer/tokenizer.json", "report.html"} <= set(
         found[0]
@@ -385,14 +385,25 @@ def test_two_runs_do_not_write_the_same_corpus(sources, tmp_path):
 
 def test_the_report_names_what_was_left_out(sources, tmp_path):
     (sources / "bad<i>.py").write_text("def f(:\n")
+    for name in ("q<i>", "q2"):
+        (sources / name).mkdir()
+        (sources / name / "twin.py").write_text(source(3))
     manifest = prepare(config(sources, tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["files_seen"], report["files_kept"], report["files_dropped"]) == (41, 40, {"unparsable": 1})
+    dropped = {"unparsable": 1, "duplicate": 2}
+    assert (report["files_seen"], report["files_kept"], report["files_dropped"]) == (43, 40, dropped)
+    assert report["largest_groups_of_duplicates"] == [
+        {
+            "kept": "p1/m3.py", "duplicates": 2, "near_duplicates": 0,
+            "examples": [["q2/twin.py", "duplicate"], ["q<i>/twin.py", "duplicate"]],
+        }
+    ]  # fmt: skip
     assert report["largest_repositories"]["p3"] == 2
     (example,) = report["examples_of_dropped"]["unparsable"]
     assert example[0] == "bad<i>/bad<i>.py"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bad&lt;i&gt;/bad&lt;i&gt;.py" in page
+    assert "<summary>p1/m3.py: 2 duplicates, 0 near duplicates</summary><table><tr><td>q2/twin.py</td>" in page
     assert "<i>" not in page
     assert f"{manifest.splits['train'].lines:,}" in page
 

@@ -8,8 +8,9 @@ import pytest
 from megatron_ra3.cli import main
 from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.manifest import Manifest
+from megatron_ra3.corpus.merge import merge_corpora
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
-from megatron_ra3.corpus.rearrange import merge_corpora, split_corpus
+from megatron_ra3.corpus.rearrange import split_corpus
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.verify import problems
 
@@ -57,7 +58,7 @@ def test_merging_the_parts_of_a_corpus_gives_its_files_and_counts_back(corpus, t
     assert sum(part.splits["train"].snippets for part in parts) == whole.splits["train"].snippets
     sizes = [sum(split.snippets for split in part.splits.values()) for part in parts]
     assert max(sizes) - min(sizes) <= 3
-    merged = merge_corpora(outs, tmp_path / "merged", samples_per_shard=4)
+    merged = merge_corpora(outs, tmp_path / "merged", samples_per_shard=4).manifest
     assert sources_of(tmp_path / "merged") == sources_of(corpus)
     for split in ("train", "heldout"):
         counts, expected = merged.splits[split], whole.splits[split]
@@ -71,7 +72,7 @@ def test_merging_the_parts_of_a_corpus_gives_its_files_and_counts_back(corpus, t
 
 def test_a_file_that_two_parts_hold_is_merged_once(tmp_path):
     parts = [make_corpus(tmp_path / "one", range(20)), make_corpus(tmp_path / "two", range(12, 30))]
-    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100).manifest
     together = [
         f"{record.repo}/{record.source}"
         for split in ("train", "heldout")
@@ -84,7 +85,7 @@ def test_a_file_that_two_parts_hold_is_merged_once(tmp_path):
 
 def test_every_copy_is_counted(tmp_path):
     parts = [make_corpus(tmp_path / name, range(9)) for name in ("one", "two", "three")]
-    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100).manifest
     kept = sum(split.files for split in merged.splits.values())
     assert (kept, merged.files_dropped, merged.files_seen) == (9, {"duplicate": 18}, 27)
 
@@ -104,7 +105,7 @@ def test_a_held_back_file_that_another_repository_trains_on_is_dropped(tmp_path)
         source = str(tmp_path / f"src{number}")
         prepare(PrepareConfig(sources=(source,), out=str(parts[-1]), heldout_fraction=0.3, workers=1))
     assert sources_of(parts[1])["heldout"] == {f"{heldout}/m.py"}
-    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100).manifest
     assert sources_of(tmp_path / "merged") == {"train": {f"{name}/m.py" for name in trained[:2]}, "heldout": set()}
     assert merged.files_dropped == {"duplicate": 1}
 
@@ -128,7 +129,7 @@ def test_files_of_no_repository_are_dealt_out_one_by_one(tmp_path):
     )
     parts = split_corpus(out, [tmp_path / "a", tmp_path / "b"])
     assert [part.splits["train"].files for part in parts] == [10, 10]
-    merged = merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", samples_per_shard=9)
+    merged = merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", samples_per_shard=9).manifest
     assert merged.splits["train"].repos == Manifest.load(out).splits["train"].repos == 20
 
 
@@ -136,7 +137,7 @@ def test_tokenizers_must_agree_and_are_kept(tmp_path):
     parts = [
         make_corpus(tmp_path / name, range(9), tokenizer_vocab=300, heldout_fraction=0.0) for name in ("one", "two")
     ]
-    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100)
+    merged = merge_corpora(parts, tmp_path / "merged", samples_per_shard=100).manifest
     assert merged.tokenizer_sha256 == Manifest.load(parts[0]).tokenizer_sha256
     assert merged.splits["train"].tokens == Manifest.load(parts[0]).splits["train"].tokens
     assert (tmp_path / "merged" / "tokenizer" / "tokenizer.json").is_file()

@@ -68,7 +68,7 @@ def test_record_survives_json():
         ({"id": 3}, "'id' must be a string, found 3"),
         ({"lines": []}, "'lines' must be a non-empty list"),
         ({"lines": [["x"]]}, "'lines' must be a non-empty list"),
-        ({"extra": 1}, "exactly the fields"),
+        ({"extra": 1}, "must have the fields"),
     ],
 )
 def test_bad_record(change, message):

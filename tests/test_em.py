@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 import yaml
 
 from megatron_ra3.config import RunConfig
+from megatron_ra3.corpus.manifest import Manifest, TokenForm
+from megatron_ra3.corpus.pretokenize import pretokenize_shards
 from megatron_ra3.em import midtrain
+from megatron_ra3.latents import LatentFormat
 from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.rollout.engine import EngineError, EnginesLostError
 from megatron_ra3.rollout.fleet import InProcess
@@ -56,6 +60,31 @@ def test_a_run_writes_every_phase_its_samples_summary_and_export(whole):
     assert all(sample["text"].startswith("\n") for sample in samples)
     exported = {path.name for path in Path(whole.run_folder, "export").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+
+
+def test_stored_token_ids_give_the_same_run_where_they_fit(whole, small_corpus, tmp_path, monkeypatch, capfd):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small_corpus, corpus)
+    manifest = Manifest.load(corpus)
+    form = TokenForm(manifest.tokenizer_sha256, "newline", "observe")
+    splits = {
+        name: replace(
+            split,
+            shards=pretokenize_shards(
+                [corpus / shard.tar.name for shard in split.shards], corpus / "tokenizer", form, 1
+            ),
+        )
+        for name, split in manifest.splits.items()
+    }
+    replace(manifest, splits=splits, token_form=form).save(corpus)
+    config = make_config(corpus, tmp_path / "fits", "em.rounds=0")
+    with monkeypatch.context() as patched:
+        patched.delattr(LatentFormat, "tokenize")
+        midtrain(config)
+    assert _metrics(config)[:2] == _metrics(whole)[:2]
+    assert "token ids are not used" not in capfd.readouterr().out
+    midtrain(make_config(corpus, tmp_path / "other", "em.rounds=0", "warmup.steps=1", "latents.surface=special"))
+    assert capfd.readouterr().out.count("token ids are not used: they were made with surface=newline") == 1
 
 
 def test_next_token_training_learns(small_corpus, tmp_path):

@@ -68,7 +68,8 @@ class World:
                 code = world.start(name, layout, every_steps=2).wait(TIMEOUT_S)
                 world.run_s[layout] = time.monotonic() - started
                 if code != 0:
-                    raise ValueError(f"the uninterrupted run ended with {code}; see {folder / name / 'log'}")
+                    busy = f" (nothing moved for {STALL_TIMEOUT_S} s: is the machine busy?)" if code == STALLED else ""
+                    raise ValueError(f"the uninterrupted run ended with {code}{busy}; see {folder / name / 'log'}")
         return world
 
     def start(self, name: str, layout: str, *, every_steps: int, handicap: Handicap = Handicap()) -> Ranks:  # noqa: B008

@@ -5,20 +5,19 @@ measure memory. Nothing here grows with the text of the corpus; a document takes
 """
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ra3.corpus.duplicates import near_duplicates
 from megatron_ra3.corpus.manifest import SPLITS, Shard, SplitInfo
-from megatron_ra3.corpus.pool import worker_pool
+from megatron_ra3.corpus.originals import Originals, find_originals
+from megatron_ra3.corpus.pool import map_in_processes
 from megatron_ra3.corpus.shards import shard_name, write_shard
 from megatron_ra3.corpus.staging import load_batch, load_signatures, load_snippets
-
-KEPT, DUPLICATE, NEAR_DUPLICATE = range(3)
 
 Piece = tuple[Path, list[tuple[int, int, int]]]
 """A batch, and of it (file, first snippet, one past the last snippet)."""
@@ -28,8 +27,8 @@ Piece = tuple[Path, list[tuple[int, int, int]]]
 class Plan:
     """What becomes of every staged file; all arrays but `starts` are [files].
 
-    `starts` [batches + 1] holds the number of each batch's first file, `snippets` how many each file has, `fate` one of
-    KEPT, DUPLICATE and NEAR_DUPLICATE, `repo` a hash of its repository; a file of none is one of its own.
+    `starts` [batches + 1] holds the number of each batch's first file, `snippets` how many each file has, `repo` a hash
+    of its repository; a file of none is one of its own.
     """
 
     batches: tuple[Path, ...]
@@ -37,11 +36,11 @@ class Plan:
     snippets: np.ndarray
     repo: np.ndarray
     heldout: np.ndarray
-    fate: np.ndarray
+    originals: Originals
 
     def kept(self, split: str) -> np.ndarray:
         """Numbers of the files that go into a split."""
-        return np.flatnonzero((self.fate == KEPT) & (self.heldout == (split == "heldout")))
+        return np.flatnonzero((self.originals.original < 0) & (self.heldout == (split == "heldout")))
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,12 @@ def plan_corpus(batches: Sequence[Path], heldout_fraction: float, similarity: fl
         snippets += [len(file.snippets) for file in files]
         repos += [_repo_hash(file.repo or file.sha256) for file in files]
         starts.append(len(snippets))
-    fate = np.full(len(snippets), KEPT, np.int8)
-    if similarity is not None and snippets:
-        fate[near_duplicates(_gather_signatures(batches, len(snippets), scratch), similarity) >= 0] = NEAR_DUPLICATE
-    fate[_repeats(np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2))] = DUPLICATE
+    compared = similarity is not None and snippets
+    originals = find_originals(
+        np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
+        _gather_signatures(batches, len(snippets), scratch) if compared else None,
+        similarity,
+    )
     repo = np.array(repos, np.uint64)
     return Plan(
         batches=tuple(batches),
@@ -86,7 +87,7 @@ def plan_corpus(batches: Sequence[Path], heldout_fraction: float, similarity: fl
         snippets=np.array(snippets, np.int64),
         repo=repo,
         heldout=repo < np.float64(heldout_fraction) * 2.0**64,
-        fate=fate,
+        originals=originals,
     )
 
 
@@ -97,11 +98,7 @@ def write_splits(plan: Plan, folder: Path, samples_per_shard: int, workers: int)
         for split in SPLITS
         for number, pieces in enumerate(_shard_pieces(plan, plan.kept(split), samples_per_shard))
     ]
-    if workers == 1:
-        shards = [_write_pieces(path, pieces) for _, path, pieces in jobs]
-    else:
-        with worker_pool(workers) as pool:
-            shards = list(pool.map(_write_pieces, [path for _, path, _ in jobs], [pieces for _, _, pieces in jobs]))
+    shards = map_in_processes(_write_pieces, [(path, pieces) for _, path, pieces in jobs], workers)
     return {
         split: tuple(shard for shard, (of, _, _) in zip(shards, jobs, strict=True) if of == split) for split in SPLITS
     }
@@ -114,7 +111,7 @@ def count(plan: Plan, shards: dict[str, tuple[Shard, ...]]) -> Contents:
     for number, path in enumerate(plan.batches):
         first = plan.starts[number]
         for at, file in enumerate(load_batch(path).files, start=first):
-            if plan.fate[at] != KEPT:
+            if plan.originals.original[at] >= 0:
                 continue
             licences[file.licence or "unknown"] += 1
             languages[file.language] += 1
@@ -139,15 +136,19 @@ def count(plan: Plan, shards: dict[str, tuple[Shard, ...]]) -> Contents:
     return Contents(splits, licences, languages, repos)
 
 
+def names_of(plan: Plan, files: Iterable[int]) -> dict[int, str]:
+    """Repository and path of some files, which only their snippets know."""
+    names = {}
+    for file in sorted(set(files)):
+        batch = int(np.searchsorted(plan.starts, file, side="right")) - 1
+        ((_, data),) = _samples(plan.batches[batch], [(file - int(plan.starts[batch]), 0, 1)])
+        record = json.loads(data)
+        names[file] = f"{record['repo']}/{record['source']}"
+    return names
+
+
 def _repo_hash(repo: str) -> int:
     return int.from_bytes(hashlib.sha256(repo.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-
-
-def _repeats(digests: np.ndarray) -> np.ndarray:
-    """Numbers of the rows that equal an earlier row."""
-    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
-    ordered = digests[order]
-    return order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]
 
 
 def _gather_signatures(batches: Sequence[Path], num_files: int, scratch: Path) -> np.ndarray:

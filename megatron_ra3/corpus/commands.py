@@ -11,13 +11,15 @@ from typing import get_args
 from megatron_ra3.corpus.examine import Filter
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import PERMISSIVE
-from megatron_ra3.corpus.lines import join_lines
+from megatron_ra3.corpus.lines import CommentMode, join_lines
 from megatron_ra3.corpus.manifest import SPLITS, Manifest
+from megatron_ra3.corpus.merge import merge_corpora
 from megatron_ra3.corpus.prepare import DEFAULT_EXCLUDE, PrepareConfig, prepare, reasons
-from megatron_ra3.corpus.rearrange import merge_corpora, split_corpus
+from megatron_ra3.corpus.rearrange import split_corpus
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.verify import problems
+from megatron_ra3.latents import Surface
 
 STDLIB_EXCLUDE = ("test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "encodings", "_sysconfigdata*")
 
@@ -55,7 +57,21 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-lines", type=int, default=limits.min_lines, help="drop shorter snippets (default %(default)s)")
     add("--heldout-fraction", type=float, default=defaults.heldout_fraction, help="of repositories, %(default)s")
     add("--samples-per-shard", type=int, default=defaults.samples_per_shard, help="default %(default)s")
+
+    add = parser.add_argument_group("tokens").add_argument
     add("--tokenizer-vocab", type=int, default=None, metavar="N", help="train a byte-level BPE into OUT/tokenizer")
+    add("--tokenizer", default="", metavar="FOLDER", help="count tokens with that of a model; copied to OUT/tokenizer")
+    add(
+        "--pretokenize",
+        choices=get_args(Surface),
+        help="store token ids beside the text, for runs of this latents.surface; takes a tokenizer",
+    )
+    add(
+        "--comments",
+        choices=get_args(CommentMode),
+        default=defaults.comments,
+        help="with --pretokenize: the latents.comments of these runs (default %(default)s)",
+    )
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -81,6 +97,9 @@ def run_prepare(args: argparse.Namespace) -> int:
         max_file_bytes=args.max_file_bytes,
         limit_files=args.limit_files,
         tokenizer_vocab=args.tokenizer_vocab,
+        tokenizer=args.tokenizer,
+        pretokenize=args.pretokenize,
+        comments=args.comments,
         workers=args.workers,
         overwrite=args.overwrite,
     )
@@ -122,6 +141,10 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("folders", type=Path, nargs="+")
     merge.add_argument("--out", type=Path, required=True)
     merge.add_argument("--samples-per-shard", type=_positive, default=PrepareConfig.samples_per_shard)
+    merge.add_argument(
+        "--similarity", type=float, default=None, help="of near duplicates (default: as the parts were prepared)"
+    )
+    merge.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     merge.set_defaults(run=_merge)
 
 
@@ -163,19 +186,30 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    manifest = merge_corpora(args.folders, args.out, args.samples_per_shard)
+    merged = merge_corpora(
+        args.folders, args.out, args.samples_per_shard, similarity=args.similarity, workers=args.workers
+    )
     print(f"{args.out}:")
-    _print_stats(manifest)
+    _print_stats(merged.manifest)
+    print(f"  across   {len(args.folders)} parts {merged.duplicates:,} duplicates", end="")
+    if merged.similarity is None:
+        print(f"; near duplicates were not looked for: {merged.reason}; give --similarity to drop them")
+    else:
+        print(f" and {merged.near_duplicates:,} near duplicates (similarity {merged.similarity:g}) dropped")
     return 0
 
 
 def _print_stats(manifest: Manifest) -> None:
     print(f"  seen     {manifest.files_seen:>8,} files {manifest.bytes_seen / 1e6:>10,.1f} MB")
-    for name, split in manifest.splits.items():
+    for name in filter(manifest.splits.__contains__, SPLITS):
+        split = manifest.splits[name]
         tokens = "" if split.tokens is None else f" {split.tokens:>12,} tokens"
         print(
             f"  {name:<8} {split.files:>8,} files {split.repos:>6,} repositories {split.snippets:>9,} snippets "
             f"{split.lines:>10,} lines {split.native_comments:>8,} comments{tokens} {len(split.shards):>4,} shards"
         )
+    if manifest.token_form:
+        form = manifest.token_form
+        print(f"  stored   token ids for latents.surface={form.surface} latents.comments={form.comments}")
     print(f"  dropped  {reasons(manifest.files_dropped)}; {reasons(manifest.cut_dropped)}")
     print(f"  scrubbed {reasons(manifest.scrubbed)}")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ra3 import durable
+from megatron_ra3.corpus.lines import CommentMode
+from megatron_ra3.latents import Surface
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -46,6 +48,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class TokenForm:
+    """All that decides the token ids of a line: the tokenizer, and `latents.surface` and `latents.comments`."""
+
+    tokenizer_sha256: str
+    surface: Surface
+    comments: CommentMode
+
+
+@dataclass(frozen=True)
 class SplitInfo:
     """Counts and shards of one split.
 
@@ -68,7 +79,8 @@ class Manifest:
     """What a corpus holds, from what it was made, and what was left out and why.
 
     `files_dropped` counts files, `cut_dropped` lines and snippets of files that were kept, `scrubbed` replaced texts;
-    `licences` and `languages` count the files of all splits.
+    `licences` and `languages` count the files of all splits. `token_form` says how the token ids that every sample
+    holds beside its text were made; None: samples hold text alone.
     """
 
     format_version: int
@@ -82,6 +94,7 @@ class Manifest:
     languages: dict[str, int]
     tokenizer_sha256: str | None
     splits: dict[str, SplitInfo]
+    token_form: TokenForm | None = None
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json` atomically."""
@@ -111,7 +124,8 @@ class Manifest:
             version = data["format_version"]
             if version == FORMAT_VERSION:
                 splits = {split: _split_from_json(info) for split, info in data.pop("splits").items()}
-                return cls(**data, splits=splits)
+                form = data.pop("token_form", None)
+                return cls(**data, splits=splits, token_form=TokenForm(**form) if form else None)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} is damaged ({error!r}); run `ra3 prepare --overwrite` again") from error
         raise ValueError(

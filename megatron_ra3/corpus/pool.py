@@ -6,12 +6,15 @@ its threads' locks, and fresh interpreters would import everything once each.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from typing import Any, TypeVar
 
+_T = TypeVar("_T")
+_WORTH_PROCESSES_BYTES = 8 << 20
 _PRELOADED = ["megatron_ra3.corpus.assemble", "datasketch", "pygments", "webdataset"]
 
 
@@ -35,6 +38,19 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def map_in_processes(function: Callable[..., _T], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[_T]:
+    """`function(*job)` for every job, in their order; in this process where one is enough."""
+    if workers == 1 or len(jobs) <= 1:
+        return [function(*job) for job in jobs]
+    with worker_pool(min(workers, len(jobs))) as pool:
+        return list(pool.map(function, *zip(*jobs, strict=True)))
+
+
+def num_workers(asked: int, num_bytes: int) -> int:
+    """As many processes as were asked for; 0: one per core, but a single one for what is done before these start."""
+    return asked or (1 if num_bytes < _WORTH_PROCESSES_BYTES else len(os.sched_getaffinity(0)))
 
 
 def _end_with_parent() -> None:

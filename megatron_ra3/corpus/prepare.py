@@ -5,14 +5,11 @@ duplicates and splits are decided from what was kept (`assemble.py`), and shards
 settings give the same bytes whatever the number of workers; a killed run goes on by the same command.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -20,23 +17,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_ra3 import __version__
-from megatron_ra3.corpus.assemble import DUPLICATE, NEAR_DUPLICATE, Contents, Plan, count, plan_corpus, write_splits
+from megatron_ra3.corpus.assemble import Contents, Plan, count, names_of, plan_corpus, write_splits
 from megatron_ra3.corpus.decontaminate import Benchmarks
 from megatron_ra3.corpus.examine import Filter, Rules
 from megatron_ra3.corpus.inputs import Input, find_inputs
 from megatron_ra3.corpus.languages import LANGUAGES
 from megatron_ra3.corpus.licences import normalise
-from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo
+from megatron_ra3.corpus.lines import CommentMode
+from megatron_ra3.corpus.manifest import FORMAT_VERSION, DataFile, Manifest, SplitInfo, TokenForm
+from megatron_ra3.corpus.originals import largest_families
+from megatron_ra3.corpus.pool import num_workers
+from megatron_ra3.corpus.pretokenize import pretokenize_shards
 from megatron_ra3.corpus.progress import read_with_progress
-from megatron_ra3.corpus.publish import publish, refuse_existing
-from megatron_ra3.corpus.report import Report, write_report
+from megatron_ra3.corpus.publish import claim, finish_publication, is_publishing, publish, refuse_existing
+from megatron_ra3.corpus.report import Report, report_families, write_report
 from megatron_ra3.corpus.snippets import SnippetLimits
-from megatron_ra3.corpus.staging import BATCH_BYTES, Batch, examine_all, load_batch
-from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB
-from megatron_ra3.corpus.vocabulary import count_tokens, train_on_shards
+from megatron_ra3.corpus.staging import Batch, examine_all, load_batch
+from megatron_ra3.corpus.tokenizer import SMALLEST_VOCAB, load_tokenizer
+from megatron_ra3.corpus.vocabulary import adopt_tokenizer, count_tokens, train_on_shards
+from megatron_ra3.latents import Surface
 
 DEFAULT_EXCLUDE = (".*", "__pycache__", "site-packages", "dist-packages")
-_STAGING = ".preparing"
+_FIX = "choose another --out or pass --overwrite"
 _EXAMPLES_PER_REASON = 20
 
 
@@ -66,6 +68,12 @@ class PrepareConfig:
     limit_files: int | None = None
     tokenizer_vocab: int | None = None
     """Train a tokenizer of that many tokens on the training split."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face tokenizer that the corpus takes instead."""
+    pretokenize: Surface | None = None
+    """Store the token ids of every line too, as runs of this `latents.surface` need them."""
+    comments: CommentMode = "observe"
+    """The `latents.comments` of those runs."""
     workers: int = 0
     """Processes; 0: one per core."""
     overwrite: bool = False
@@ -83,6 +91,18 @@ class PrepareConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
+        if self.tokenizer and self.tokenizer_vocab is not None:
+            raise ValueError(
+                f"tokenizer={self.tokenizer} with tokenizer_vocab={self.tokenizer_vocab}: give one of the two"
+            )
+        if self.pretokenize and not (self.tokenizer or self.tokenizer_vocab):
+            raise ValueError(f"pretokenize={self.pretokenize} needs the tokenizer of your model, or a tokenizer_vocab")
+        if self.comments != "observe" and not self.pretokenize:
+            raise ValueError(
+                f"comments={self.comments} shapes token ids alone: the text keeps all; set pretokenize too"
+            )
+        if self.pretokenize == "newline" and self.comments == "keep_as_code":
+            raise ValueError("pretokenize=newline with comments=keep_as_code: no run reads that; see latents.comments")
         if not self.sources:
             raise ValueError("no source given; name folders, archives, JSONL or Parquet files, or --stdlib")
         for name, known in (("without", get_args(Filter)), ("languages", tuple(LANGUAGES))):
@@ -114,19 +134,29 @@ def prepare(config: PrepareConfig) -> Manifest:
     for path in config.benchmarks:
         if not Path(path).is_file():
             raise ValueError(f"benchmark file {path} does not exist")
-    out = Path(config.out)
-    if not config.overwrite:
-        refuse_existing(out, "choose another --out or pass --overwrite")
-    with _staging(out) as staging:
-        manifest = _build(config, inputs, staging)
-        publish(staging / "corpus", out, manifest)
-    return manifest
-
-
-def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Manifest:
-    small = sum(source.bytes for source in inputs) < BATCH_BYTES
-    workers = config.workers or (1 if small else len(os.sched_getaffinity(0)))
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer)
     benchmarks = {path: DataFile.of(Path(path)).sha256 for path in config.benchmarks}
+    out = Path(config.out)
+    if not config.overwrite and not is_publishing(out):
+        refuse_existing(out, _FIX)
+    with claim(out) as staging:
+        if is_publishing(out):
+            manifest = finish_publication(out)
+            if manifest.settings == _settings(config, benchmarks):
+                return manifest
+            if not config.overwrite:
+                refuse_existing(out, _FIX)
+        try:
+            manifest = _build(config, inputs, benchmarks, staging)
+        except EmptyCorpusError:
+            shutil.rmtree(staging)
+            raise
+        return publish(out, manifest)
+
+
+def _build(config: PrepareConfig, inputs: Sequence[Input], benchmarks: dict[str, str], staging: Path) -> Manifest:
+    workers = num_workers(config.workers, sum(source.bytes for source in inputs))
     rules = Rules(
         limits=config.limits,
         without=frozenset(config.without),
@@ -147,10 +177,10 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
     contents = count(plan, write_splits(plan, folder, config.samples_per_shard, workers))
     if not contents.splits["train"].snippets:
         raise EmptyCorpusError(_empty_corpus(config, seen, contents.splits["heldout"]))
-    tokenizer_sha256, splits = _tokens(config, folder, contents)
+    form, splits = _tokens(config, folder, contents, workers)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        settings=_settings(config) | {"benchmarks": benchmarks},
+        settings=_settings(config, benchmarks),
         files_seen=seen.documents,
         bytes_seen=seen.bytes,
         files_dropped=dict(seen.dropped),
@@ -158,10 +188,14 @@ def _build(config: PrepareConfig, inputs: Sequence[Input], staging: Path) -> Man
         scrubbed=dict(seen.scrubbed),
         licences=dict(contents.licences),
         languages=dict(contents.languages),
-        tokenizer_sha256=tokenizer_sha256,
+        tokenizer_sha256=form.tokenizer_sha256 if form else None,
         splits=splits,
+        token_form=form if config.pretokenize else None,
     )
-    write_report(folder, Report(manifest, contents.repos, seen.examples))
+    families = largest_families(plan.originals)
+    names = names_of(plan, [file for family in families for file in family.files])
+    copies = report_families(plan.originals, families, names)
+    write_report(folder, Report(manifest, contents.repos, seen.examples, copies))
     return manifest
 
 
@@ -186,8 +220,8 @@ class _Seen:
             shown += examples[: _EXAMPLES_PER_REASON - len(shown)]
 
     def add_duplicates(self, plan: Plan) -> None:
-        for reason, fate in (("duplicate", DUPLICATE), ("near_duplicate", NEAR_DUPLICATE)):
-            self.dropped += Counter({reason: int((plan.fate == fate).sum())})
+        found = plan.originals
+        self.dropped += Counter(duplicate=int(found.exact.sum()), near_duplicate=int(found.near.sum()))
 
 
 def _examine(
@@ -201,52 +235,42 @@ def _examine(
     return list(examine_all(islice(documents, config.limit_files), rules, fingerprint, folder, workers))
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder in `out` that outlives a kill and an error, and goes when the work is done or was in vain."""
-    folder = out / _STAGING
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another process is preparing a corpus in {out}; wait for it, or choose another --out"
-            ) from None
-        try:
-            yield folder
-        except EmptyCorpusError:
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
-
-
-def _tokens(config: PrepareConfig, folder: Path, contents: Contents) -> tuple[str | None, dict[str, SplitInfo]]:
-    """Trains a tokenizer, if asked to, and counts what it makes of the splits."""
-    if config.tokenizer_vocab is None:
+def _tokens(
+    config: PrepareConfig, folder: Path, contents: Contents, workers: int
+) -> tuple[TokenForm | None, dict[str, SplitInfo]]:
+    """Brings a tokenizer into `folder`, counts what it makes of the splits, and stores that; each if asked to."""
+    if config.tokenizer_vocab is not None:
+        tokenizer = train_on_shards(folder, contents.splits["train"], config.tokenizer_vocab)
+    elif config.tokenizer:
+        tokenizer = adopt_tokenizer(Path(config.tokenizer), folder)
+    else:
         return None, contents.splits
-    tokenizer = train_on_shards(folder, contents.splits["train"], config.tokenizer_vocab)
+    form = TokenForm(tokenizer.fingerprint, config.pretokenize or "newline", config.comments)
     splits = {
         name: replace(split, tokens=count_tokens(tokenizer, folder, split)) for name, split in contents.splits.items()
     }
-    return tokenizer.fingerprint, splits
+    if config.pretokenize:
+        for name, split in splits.items():
+            tars = [folder / shard.tar.name for shard in split.shards]
+            splits[name] = replace(split, shards=pretokenize_shards(tars, tokenizer.folder, form, workers))
+    return form, splits
 
 
 def _fingerprint(config: PrepareConfig, benchmarks: dict[str, str]) -> str:
     """What decides the fate of a document besides itself."""
     names = ("limits", "without", "licences", "unknown_licence")
-    settings = _settings(config)
+    settings = _settings(config, benchmarks)
     libraries = [version(name) for name in ("datasketch", "detect-secrets", "pygments")]
     programs = [__version__, FORMAT_VERSION, sys.version, *libraries]
     return json.dumps([programs, [settings[name] for name in names], sorted(benchmarks.values())])
 
 
-def _settings(config: PrepareConfig) -> dict[str, Any]:
+def _settings(config: PrepareConfig, benchmarks: dict[str, str]) -> dict[str, Any]:
     """The settings that shape the corpus, as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     for name in ("out", "overwrite", "workers"):
         del settings[name]
-    return settings
+    return settings | {"benchmarks": benchmarks}
 
 
 def _empty_corpus(config: PrepareConfig, seen: _Seen, heldout: SplitInfo) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_ra3.corpus.lines import join_lines
 from megatron_ra3.corpus.manifest import Manifest
+from megatron_ra3.corpus.originals import Family, Originals
+from megatron_ra3.corpus.publish import PAGE, REPORT
 from megatron_ra3.corpus.shards import read_shard
 
 _LARGEST = 15
@@ -40,20 +42,38 @@ class Report:
     """What the report says beyond the manifest.
 
     `repos` counts the files of each repository that are kept; `examples` holds (path, detail) of some files that were
-    dropped, by reason.
+    dropped, by reason; `families` come from `report_families`.
     """
 
     manifest: Manifest
     repos: Counter[str]
     examples: Mapping[str, Sequence[Sequence[str]]]
+    families: Sequence[Mapping[str, Any]] = ()
+
+
+def report_families(
+    found: Originals, families: Sequence[Family], names: Mapping[int, str | None]
+) -> list[dict[str, Any]]:
+    """Families of duplicates as JSON values: the name of the file that stayed, and of some that went."""
+    return [
+        {
+            "kept": names[family.kept],
+            "duplicates": family.exact,
+            "near_duplicates": family.near,
+            "examples": [
+                [names[file], "duplicate" if found.exact[file] else "near duplicate"] for file in family.first
+            ],
+        }
+        for family in families
+    ]
 
 
 def write_report(folder: Path, report: Report) -> None:
     """Writes `report.json` and `report.html` beside the shards in `folder`."""
     content = _content(report)
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     page = _page(content, _samples(folder, report.manifest))
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    (folder / PAGE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _content(report: Report) -> dict[str, Any]:
@@ -70,6 +90,7 @@ def _content(report: Report) -> dict[str, Any]:
         "licences": _ranked(report.manifest.licences),
         "languages": _ranked(report.manifest.languages),
         "largest_repositories": dict(list(_ranked(report.repos).items())[:_LARGEST]),
+        "largest_groups_of_duplicates": list(report.families),
         "examples_of_dropped": {reason: list(found) for reason, found in sorted(report.examples.items())},
         "settings": manifest["settings"],
     }
@@ -100,6 +121,8 @@ def _page(content: Mapping[str, Any], samples: Sequence[tuple[str, str]]) -> str
         f"<h2>Languages</h2>{_bars(content['languages'], kept)}",
         f"<h2>Licences</h2>{_bars(content['licences'], kept)}",
         f"<h2>Largest repositories, files</h2>{_bars(content['largest_repositories'], kept)}",
+        "<h2>Largest groups of duplicates</h2>",
+        "".join(map(_family, content["largest_groups_of_duplicates"])) or "<p>none</p>",
         "<h2>Examples of what was left out</h2>",
         *(_examples(reason, found, dropped[reason]) for reason, found in content["examples_of_dropped"].items()),
         "<h2>First snippets</h2>",
@@ -157,6 +180,14 @@ def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _examples(reason: str, found: Sequence[Sequence[str]], total: int) -> str:
+    return _details(f"{reason.replace('_', ' ')}: {len(found)} of {total:,}", found)
+
+
+def _family(family: Mapping[str, Any]) -> str:
+    title = f"{family['kept']}: {family['duplicates']:,} duplicates, {family['near_duplicates']:,} near duplicates"
+    return _details(title, family["examples"])
+
+
+def _details(title: str, found: Sequence[Sequence[str]]) -> str:
     rows = "".join(f"<tr><td>{escape(path)}</td><td>{escape(detail)}</td></tr>" for path, detail in found)
-    title = escape(reason).replace("_", " ")
-    return f"<details><summary>{title}: {len(found)} of {total:,}</summary><table>{rows}</table></details>"
+    return f"<details><summary>{escape(title)}</summary><table>{rows}</table></details>"

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from megatron_ra3.corpus.lines import CodeLine
+from megatron_ra3.latents import LineIds
 
 _TEXTS = ("id", "source", "prompt", "repo", "licence", "language")
 _INSIDE_A_BLOCK = re.compile(r"[\s})\]]|(elif|else|except|finally)\b")
@@ -21,7 +22,8 @@ _INSIDE_A_BLOCK = re.compile(r"[\s})\]]|(elif|else|except|finally)\b")
 class SnippetRecord:
     """One sample of the corpus: an expert trajectory of code lines after an optional prompt.
 
-    `source` is the path of the file inside `repo`; `licence` is what the input says of it, empty if nothing.
+    `source` is the path of the file inside `repo`; `licence` is what the input says of it, empty if nothing. `tokens`
+    has one entry per line where the corpus is pre-tokenised.
     """
 
     id: str
@@ -31,10 +33,11 @@ class SnippetRecord:
     repo: str = ""
     licence: str = ""
     language: str = "python"
+    tokens: tuple[LineIds, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values, lines as [trivia, code] pairs."""
-        return {
+        """The record as plain JSON values: lines as [trivia, code] pairs, tokens as [line, rationale or null] pairs."""
+        content = {
             "id": self.id,
             "source": self.source,
             "repo": self.repo,
@@ -43,6 +46,7 @@ class SnippetRecord:
             "prompt": self.prompt,
             "lines": [[line.trivia, line.code] for line in self.lines],
         }
+        return content if self.tokens is None else content | {"tokens": self.tokens}
 
     def encode(self) -> bytes:
         """The bytes that stand in a shard."""
@@ -55,16 +59,24 @@ class SnippetRecord:
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
-        if not isinstance(data, dict) or data.keys() != {*_TEXTS, "lines"}:
+        if not isinstance(data, dict) or data.keys() - {"tokens"} != {*_TEXTS, "lines"}:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"a snippet must have exactly the fields {sorted((*_TEXTS, 'lines'))}, found {found}")
+            raise ValueError(
+                f"a snippet must have the fields {sorted((*_TEXTS, 'lines'))} and may have tokens, found {found}"
+            )
         for name in _TEXTS:
             if not isinstance(data[name], str):
                 raise ValueError(f"snippet field {name!r} must be a string, found {data[name]!r}")
         if not _are_pairs(data["lines"]):
             raise ValueError(f"snippet {data['id']!r}: 'lines' must be a non-empty list of [trivia, code] strings")
         lines = tuple(map(CodeLine._make, data["lines"]))
-        return cls(lines=lines, **{name: data[name] for name in _TEXTS})
+        tokens = data.get("tokens")
+        if tokens is not None and not _are_tokens(tokens, len(lines)):
+            raise ValueError(
+                f"snippet {data['id']!r}: 'tokens' must hold [ids of the line, ids of its rationale or null] for every "
+                "line"
+            )
+        return cls(lines=lines, tokens=tokens and tuple(map(tuple, tokens)), **{name: data[name] for name in _TEXTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +161,13 @@ def _are_pairs(values: Any) -> bool:
         and set(map(len, values)) == {2}
         and set(map(type, chain.from_iterable(values))) == {str}
     )
+
+
+def _are_tokens(values: Any, num_lines: int) -> bool:
+    """Whether `values` holds, per line, a list of ids and another one or None; as fast as `_are_pairs`."""
+    if type(values) is not list or len(values) != num_lines or set(map(type, values)) != {list}:
+        return False
+    if set(map(len, values)) != {2}:
+        return False
+    ids = [part for line, rationale in values for part in ((line,) if rationale is None else (line, rationale))]
+    return set(map(type, ids)) == {list} and set(map(type, chain.from_iterable(ids))) == {int}

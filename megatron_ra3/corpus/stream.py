@@ -83,6 +83,8 @@ class ShardStream:
             raise ValueError(f"seed must be at least 0, found {seed}")
         self._config = config = config or StreamConfig()
         manifest, self.manifest_sha256 = load_manifest(folder, config)
+        self.token_form = manifest.token_form
+        """How the token ids in the samples were made; None: they hold text alone."""
         if split not in manifest.splits:
             raise ValueError(f"corpus {folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
         info = manifest.splits[split]

@@ -26,7 +26,7 @@ def problems(folder: Path) -> Iterator[str]:
             found = [*_changed(storage, shard.tar), *_changed(storage, shard.index)]
             yield from found
             if not found:
-                yield from _inconsistent(folder, shard)
+                yield from _inconsistent(folder, shard, has_tokens=manifest.token_form is not None)
 
 
 def _changed(storage: LocalStorage, file: DataFile) -> Iterator[str]:
@@ -36,15 +36,21 @@ def _changed(storage: LocalStorage, file: DataFile) -> Iterator[str]:
         yield str(error)
 
 
-def _inconsistent(folder: Path, shard: Shard) -> Iterator[str]:
+def _inconsistent(folder: Path, shard: Shard, *, has_tokens: bool) -> Iterator[str]:
     """What no checksum shows: a shard whose samples or index do not fit the manifest."""
     index = np.load(folder / shard.index.name)
     if index.shape != (shard.samples, 2):
         yield f"{folder / shard.index.name} has shape {index.shape}, the manifest says {shard.samples} samples"
+    samples = unlike = 0
     try:
-        samples = sum(1 for _ in read_shard(folder / shard.tar.name))
+        for record in read_shard(folder / shard.tar.name):
+            samples += 1
+            unlike += (record.tokens is not None) != has_tokens
     except ValueError as error:
         yield str(error)
         return
     if samples != shard.samples:
         yield f"{folder / shard.tar.name} holds {samples} samples, the manifest says {shard.samples}"
+    if unlike:
+        held = "hold no token ids" if has_tokens else "hold token ids"
+        yield f"{folder / shard.tar.name}: {unlike} samples {held}, against the manifest"
