@@ -1,4 +1,4 @@
-"""A real Slurm of three nodes on one host: the launch scripts are tested against the scheduler, not a stand-in."""
+"""A real Slurm of four nodes on one host: the launch scripts are tested against the scheduler, not a stand-in."""
 
 import os
 import pwd
@@ -17,8 +17,11 @@ import pytest
 from tests.support import require
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4")
 START_TIMEOUT_S = 30
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+# A requeued job waits until its credential has expired, and heterogeneous jobs are started by backfill alone: both are
+# minutes in usual settings.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -27,7 +30,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={root}/munge.socket
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -42,7 +45,8 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1
 KillWait=2
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=15 State=UP
@@ -68,7 +72,7 @@ class Slurm:
             shown = self.run("scontrol", "show", "job", "--oneliner", str(job_id), timeout_s=20).stdout
             state = re.search(r" JobState=(\w+)", shown)
             ended = re.search(r" ExitCode=(\d+):", shown)
-            if state and ended and state[1] in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}:
+            if state and ended and state[1] in ENDED:
                 return int(ended[1])
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} has not ended after {timeout_s} s: {shown}")
