@@ -152,10 +152,11 @@ telling() {
 fruitless() {
     local number count=0 newest='' saved
     for ((number = $(starts); number > 0; number--)); do
-        saved=()
-        [[ ! -e $logs/start-$number/saved ]] || mapfile -t saved <"$logs/start-$number/saved"
-        newest=${newest:-${saved[-1]:-}}
-        ((${#saved[@]} == 0)) || [[ ${saved[0]} == "$newest" ]] || break
+        if [[ -e $logs/start-$number/saved ]]; then
+            mapfile -t saved <"$logs/start-$number/saved"
+            newest=${newest:-${saved[-1]}}
+            [[ ${saved[0]} == "$newest" ]] || break
+        fi
         count=$((count + 1))
     done
     echo "$count"
