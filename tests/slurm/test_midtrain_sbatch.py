@@ -120,7 +120,7 @@ def test_trainers_and_engines_share_one_allocation(cluster):
         assert (task["RANK"], task["LOCAL_RANK"], task["WORLD_SIZE"]) == (str(rank), str(rank % 2), "4")
         assert (task["LOCAL_WORLD_SIZE"], task["SLURMD_NODENAME"]) == ("2", f"n{1 + rank // 2}")
         assert (task["MASTER_ADDR"], task["MASTER_PORT"]) == ("127.0.0.1", tasks["midtrain-0"]["MASTER_PORT"])
-        assert 0 < float(task["SLURM_JOB_END_TIME"]) - time.time() <= 15 * 60  # the partition's limit
+        assert 0 < float(task["SLURM_JOB_END_TIME"]) - time.time() <= 60 * 60  # the partition's limit
         assert f"midtrain {rank} speaks" in logs[f"trainer-{rank}.log"]
     assert len({tasks["midtrain-0"]["MASTER_PORT"], *(url.rpartition(":")[2] for url in urls)}) == 3
     assert "giving up: 1 starts in a row have saved no new checkpoint" in logs["batch.log"]
