@@ -53,9 +53,12 @@ list() { local IFS=,; echo "$*"; }
 
 # Sets what a start needs to know of the allocation. The addresses are SLURM's own: node names need not resolve.
 lay_out() {
-    local nodes nodelist=$SLURM_JOB_NODELIST
-    gpus_per_node=${RA3_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
-    engine_gpus=${RA3_ENGINE_GPUS_PER_NODE:-$gpus_per_node}
+    local nodes nodelist=$SLURM_JOB_NODELIST asked
+    # What was asked for may begin with a type of GPU. It comes first: an exclusive node shows all that it has.
+    asked=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}}
+    gpus_per_node=${RA3_GPUS_PER_NODE:-${asked##*:}}
+    asked=${SLURM_GPUS_PER_NODE_HET_GROUP_1:-$gpus_per_node}
+    engine_gpus=${RA3_ENGINE_GPUS_PER_NODE:-${asked##*:}}
     case ${SLURM_HET_SIZE:-1} in
         1)
             engine_nodes=${RA3_ENGINE_NODES:-1}
@@ -134,12 +137,13 @@ stop_engines() {
 
 starts() { find "$logs" -maxdepth 1 -name 'start-*' | wc -l; }
 
-# telling STATUS: of the exit codes that ranks have left, the one that says most; srun's own is the highest, which hides
-# 2, 75 and 76 behind that of a rank that had to be killed.
+# telling STATUS: of the exit codes that ranks have left, the one that says most: 2, 75, 76, else the highest but that of
+# ranks that srun ended (143). srun's own is the highest of all.
 telling() {
-    local code
-    for code in 2 75 76; do
-        if (($1)) && grep -qsx "$code" "$RA3_START"/exit-*; then
+    local code left
+    left=$(cat "$RA3_START"/exit-* 2>/dev/null | sort -nu) || true
+    for code in 2 75 76 $(grep -vx 143 <<<"$left" | sort -nr); do
+        if (($1 && code)) && grep -qx "$code" <<<"$left"; then
             echo "$code"
             return
         fi

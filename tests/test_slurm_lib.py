@@ -99,7 +99,8 @@ def test_starts_that_saved_nothing_new_are_counted(starts, fruitless, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "told"), [([137, 75], "75"), ([2, 137, 76], "2"), ([1, 143], "143"), ([], "143"), ([0, 137], "143")]
+    ("codes", "told"),
+    [([137, 75], "75"), ([2, 137, 76], "2"), ([1, 143], "1"), ([], "143"), ([0, 137, 1], "137"), ([0, 143], "143")],
 )
 def test_what_a_rank_says_counts_more_than_the_highest_code(codes, told, tmp_path):
     (tmp_path / "start-1").mkdir()

@@ -41,6 +41,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1
 KillWait=2
@@ -161,10 +162,13 @@ def search_path() -> str:
 
 def configure(root: Path) -> Slurm:
     (root / "state").mkdir()
+    for number in range(4):
+        (root / f"gpu{number}").touch()
+    (root / "gres.conf").write_text(f"Name=gpu Type=h100 File={root}/gpu[0-3]\n")
     ports = free_ports(1 + len(NODES))
     host = socket.gethostname().partition(".")[0]
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 Gres=gpu:h100:4 State=UNKNOWN"
         for name, port in zip(NODES, ports[1:], strict=True)
     )
     user = pwd.getpwuid(os.geteuid()).pw_name

@@ -133,8 +133,8 @@ def test_trainers_and_engines_share_one_allocation(cluster):
 
 def test_ranks_and_engines_divide_the_gpus_of_a_node(cluster):
     code, tasks, logs = cluster.submit(
-        "--nodes=2", "--gpus-per-node=0", script="ra3_rlvr", RA3_GPUS_PER_NODE="4", RA3_ENGINES_PER_NODE="2",
-        RA3_CONTAINER="env MARK=inside", EXPECTED="6",
+        "--nodes=2", "--gpus-per-node=4", script="ra3_rlvr", RA3_ENGINES_PER_NODE="2", EXPECTED="6",
+        RA3_CONTAINER="env MARK=inside",
     )  # fmt: skip
     assert code == 0, json.dumps(logs, indent=1)
     assert [tasks[f"rlvr-{rank}"]["LOCAL_RANK"] for rank in range(4)] == ["0", "1", "2", "3"]
@@ -144,12 +144,14 @@ def test_ranks_and_engines_divide_the_gpus_of_a_node(cluster):
 
 def test_components_of_a_heterogeneous_job_are_trainers_and_engines(cluster):
     code, tasks, logs = cluster.submit(
-        "--nodes=2", "--gpus-per-node=0", ":", "--nodes=1", "--exclusive", RA3_ENGINES_PER_NODE="2", EXPECTED="4"
-    )
+        "--nodes=2", "--gpus-per-node=h100:1", ":", "--nodes=1", "--exclusive", "--gpus-per-node=4",
+        RA3_ENGINES_PER_NODE="2", EXPECTED="4",
+    )  # fmt: skip
     assert code == 0, json.dumps(logs, indent=1)
     nodes = {name: task["SLURMD_NODENAME"] for name, task in tasks.items()}
     assert nodes == {"midtrain-0": "n1", "midtrain-1": "n2", "serve-0": "n3", "serve-1": "n3"}
     assert tasks["midtrain-1"]["WORLD_SIZE"] == "2"
+    assert [tasks[f"serve-{index}"]["CUDA_VISIBLE_DEVICES"] for index in range(2)] == ["0,1", "2,3"]
 
 
 def test_the_signal_before_the_time_limit_ends_in_a_requeue(cluster):
