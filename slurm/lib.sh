@@ -189,7 +189,7 @@ give_up() {
 
 # run_to_the_end COMMAND CONFIG [key=value...]: a whole job of trainers and engines; does not return.
 run_to_the_end() {
-    local idle
+    local idle follows
     (($# >= 2)) || fail "usage: sbatch SCRIPT CONFIG.yaml [key=value ...]"
     [[ -r $2 ]] || fail "cannot read the configuration $2 (from $PWD)"
     open_logs batch
@@ -211,12 +211,12 @@ run_to_the_end() {
     while :; do
         start "$@"
         idle=$(fruitless)
-        echo "start $(starts) ended with exit code $status; $idle starts in a row have saved no new checkpoint"
-        case $(verdict "$status" "$idle" "$near_limit") in
+        follows=$(verdict "$status" "$idle" "$near_limit")
+        echo "start $(starts) ended with exit code $status; $idle starts in a row have saved no new checkpoint: $follows"
+        case $follows in
             finish) touch "$logs/finished" && exit 0 ;;
             give_up) give_up "$idle" ;;
             requeue)
-                echo "requeueing"
                 scontrol requeue "$job" || echo "cannot be requeued: submit the same command again"
                 exit "$status"
                 ;;

@@ -23,7 +23,7 @@ def job(slurm, small_corpus, tmp_path):
 
 
 def test_a_trainer_rank_is_killed(job, reference):
-    job.kill("n2", "-m", "megatron_ra3", "midtrain")
+    job.kill("n2", "-m megatron_ra3 midtrain")
     job.ends_as(reference)
     assert "start 2 ended with exit code 0" in job.log("batch")
 
@@ -47,3 +47,8 @@ def test_a_node_is_drained_and_the_job_is_requeued(job, reference):
     job.slurm.scontrol("requeue", str(job.id))
     job.ends_as(reference)
     assert "start 2, on n[1,3-4]" in job.log("batch")
+
+
+def test_an_engine_is_killed(job, reference):
+    job.kill("n3", "vllm.entrypoints")
+    job.ends_as(reference)

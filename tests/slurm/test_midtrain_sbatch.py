@@ -123,7 +123,7 @@ def test_trainers_and_engines_share_one_allocation(cluster):
         assert 0 < float(task["SLURM_JOB_END_TIME"]) - time.time() <= 60 * 60  # the partition's limit
         assert f"midtrain {rank} speaks" in logs[f"trainer-{rank}.log"]
     assert len({tasks["midtrain-0"]["MASTER_PORT"], *(url.rpartition(":")[2] for url in urls)}) == 3
-    assert "giving up: 1 starts in a row have saved no new checkpoint" in logs["batch.log"]
+    assert "giving up: 1 starts in a row have saved no new checkpoint; see" in logs["batch.log"]
 
     deadline = time.monotonic() + 10
     while any(alive(task["pid"]) for task in tasks.values()) and time.monotonic() < deadline:
@@ -189,7 +189,7 @@ def test_starts_that_get_nowhere_end(cluster):
     assert tasks["midtrain-0"]["SLURM_RESTART_COUNT"] == "1", "the last start was on other nodes, or might have been"
     said = logs["batch.log"]
     assert [f"; {count} starts in a row" in said for count in range(4)] == [True] * 4
-    assert said.count("requeueing") == 1
+    assert said.count("no new checkpoint: requeue") == 1
     assert "giving up: 3 starts in a row" in said
 
 

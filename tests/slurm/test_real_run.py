@@ -23,7 +23,7 @@ def test_sbatch_trains_on_two_nodes_and_samples_on_another(slurm, small_corpus, 
 def test_a_killed_rank_costs_no_sample(slurm, small_corpus, tmp_path, reference):
     job = RealJob(slurm, small_corpus, tmp_path, engine_nodes=0)
     job.await_steps(3)
-    job.kill("n2", "-m", "megatron_ra3", "midtrain")
+    job.kill("n2", "-m megatron_ra3 midtrain")
     job.ends_as(reference)
     assert "start 2 ended with exit code 0" in job.log("batch")
     assert "resumed from" in job.log("trainer-0")
