@@ -89,7 +89,8 @@ lay_out() {
 know_the_end() {
     local end
     end=$(SLURM_TIME_FORMAT=standard scontrol show job "$job" --oneliner | grep -oPm1 ' EndTime=\K[0-9T:-]+') || return 0
-    export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$end" +%s)}
+    SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+    export SLURM_JOB_END_TIME
 }
 
 # on COUNT PER_NODE LOG OPTION... -- COMMAND...: PER_NODE tasks on each of COUNT nodes, a log file each. To be called in

@@ -81,26 +81,26 @@ class Task:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Be one task; returns the command's exit status, 128 + N where signal N ended it."""
+    """Be one task; returns the command's exit status, 128 + N where signal N ended it (2: bad input, 75: no peers)."""
     role, python, command, config, *overrides = argv
-    task = Task.of(os.environ)
     run = [python, "-m", "megatron_ra3", command, config, *overrides]
     try:
+        task = Task.of(os.environ)
         if role == "engine":
             return _serve(task, run)
         return _train(task, run, run_folder(Path(config), overrides))
-    except TimeoutError as error:
-        print(f"{role} {task.rank}: {error}", file=sys.stderr, flush=True)
-        return TRY_AGAIN
+    except (ValueError, OSError) as error:
+        print(f"{role} task: {error}", file=sys.stderr, flush=True)
+        return TRY_AGAIN if isinstance(error, TimeoutError) else 2
 
 
 def _serve(task: Task, command: Sequence[str]) -> int:
+    per_engine = int(os.environ.get("RA3_GPUS_PER_ENGINE", "0"))
+    devices = share_of_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), task.local_rank, per_engine)
+    own = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
     with closing(ports.reserve("")) as held:
         port = held.getsockname()[1]
         publish(_engine(task.meeting, task.rank), f"http://{task.address}:{port}")
-        per_engine = int(os.environ.get("RA3_GPUS_PER_ENGINE", "0"))
-        devices = share_of_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), task.local_rank, per_engine)
-        own = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
         return _outlive([*command, "engine.host=0.0.0.0", f"engine.port={port}"], own)
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Slurm:
             )
 
     def stop(self) -> None:
-        """End all daemons, the last one first."""
+        """End all daemons, the last one first, and what they have left."""
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
@@ -76,17 +76,22 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        kill(self._processes())
 
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-N", name)
 
     def processes(self, job_id: int, node: str) -> dict[int, list[str]]:
         """What a job runs on a node: the command line by process id."""
-        here = {f"SLURM_JOB_ID={job_id}", f"SLURMD_NODENAME={node}"}
+        return self._processes(f"SLURM_JOB_ID={job_id}", f"SLURMD_NODENAME={node}")
+
+    def _processes(self, *variables: str) -> dict[int, list[str]]:
+        """Those of this cluster that have `variables` in their environment; there may be other clusters beside it."""
+        wanted = {f"SLURM_CONF={self.env['SLURM_CONF']}", *variables}
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if here <= set((entry / "environ").read_text(errors="replace").split("\0")):
+                if wanted <= set((entry / "environ").read_text(errors="replace").split("\0")):
                     found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").split("\0")[:-1]
         return found
 
@@ -97,9 +102,7 @@ class Slurm:
         keepers = {pid for pid in parents if Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")}
         self.daemons[name].kill()
         self.daemons[name].wait()
-        for pid in keepers | processes.keys():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(keepers | processes.keys())
         self.scontrol("update", f"nodename={name}", "state=down", "reason=lost")
 
     def restore(self) -> None:
@@ -135,6 +138,12 @@ class Slurm:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} has not ended after {timeout_s} s: {shown}")
             time.sleep(0.2)
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:
