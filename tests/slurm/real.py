@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -51,6 +52,11 @@ class RealJob:
         path = self.logs / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def nodes(self) -> list[str]:
+        """Where the job was begun last."""
+        nodelist = re.findall(r"^job \d+, start \d+, on (\S+)$", self.log("batch"), re.MULTILINE)[-1]
+        return self.slurm.run("scontrol", "show", "hostnames", nodelist, timeout_s=20).stdout.split()
+
     def await_steps(self, count: int, timeout_s: float = 600) -> None:
         """Wait until so many steps are in the metrics."""
         deadline = time.monotonic() + timeout_s
@@ -65,15 +71,19 @@ class RealJob:
         assert chosen, found
         os.kill(min(chosen), signal.SIGKILL)
 
-    def ends_as(self, reference: Consumed, timeout_s: float = 1500) -> None:
-        """Wait for the end; the samples are the reference's, each used once, and the final checkpoint is whole."""
+    def ends(self, timeout_s: float = 1500) -> None:
+        """Wait for the end, which is a good one: all steps, a whole final checkpoint, and the weights."""
         code = self.slurm.exit_code(self.id, timeout_s)
         assert code == 0, self._story()
-        assert consumed(self.run) == reference
-        assert json.loads((self.run / "summary.json").read_text())["steps"] == len(reference) == STEPS
+        assert json.loads((self.run / "summary.json").read_text())["steps"] == len(consumed(self.run)) == STEPS
         assert (self.run / "checkpoints" / f"step-{STEPS:08d}").is_dir()
         assert main(["checkpoint", "verify", str(self.run)]) == 0
         assert (self.run / "export" / "config.json").is_file()
+
+    def ends_as(self, reference: Consumed) -> None:
+        """A good end, and in every step the reference's samples, each used once."""
+        self.ends()
+        assert consumed(self.run) == reference
 
     def _story(self) -> str:
         return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}" for log in self.logs.glob("*.log"))
