@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.doctor.command import add_doctor_arguments, run_doctor
     from megatron_ra3.evaluate.commands import add_eval_arguments, run_eval
     from megatron_ra3.launch.plan_command import add_plan_arguments, run_plan
+    from megatron_ra3.launch.submit import add_submit_arguments, run_submit
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
@@ -98,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for instance objective.penalty=0.05")
         command.set_defaults(run=run)
+
+    submitting = commands.add_parser(
+        "submit", help="print or submit the sbatch command of a run, or of a chain of jobs"
+    )
+    add_submit_arguments(submitting)
+    submitting.set_defaults(run=run_submit)
 
     exporting = commands.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
     exporting.add_argument("config", type=Path, help="YAML file of the run")

@@ -38,6 +38,8 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends before it takes the machine back, and Ctrl-C."""
+SAME_CALL_S = 1.0
+"""A signal that comes again so soon is the same call: launchers signal a process and its parent, which passes it on."""
 
 
 class StopRequestedError(Exception):
@@ -102,6 +104,7 @@ class DurableRun(Generic[ConfigT]):
         )
         self._engine: ServedEngine | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+        self._asked_at: dict[int, float] = {}
         self._steps_here = 0
         self._stop_reason = ""
         self._consumed = Consumed()
@@ -290,9 +293,12 @@ class DurableRun(Generic[ConfigT]):
         return bool(self._stop_reason or near)
 
     def _request_stop(self, number: int, _frame: object) -> None:
-        """End after the current step; the same signal a second time ends the process at once."""
+        """End after the current step; the same signal once more, later than `SAME_CALL_S`, ends the process at once."""
         self._stop_reason = signal.Signals(number).name
-        signal.signal(number, self._handlers[signal.Signals(number)])
+        now = time.monotonic()
+        if now - self._asked_at.setdefault(number, now) > SAME_CALL_S:
+            signal.signal(number, self._handlers[signal.Signals(number)])
+            signal.raise_signal(number)
 
     def _export(self, export: Path) -> None:
         """Write the weights beside an earlier export, then take its place."""

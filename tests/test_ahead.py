@@ -13,6 +13,7 @@ from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
 from megatron_ra3.estep import EStep
 from megatron_ra3.latents import Kind, LatentFormat, Trajectory
+from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.rollout.ahead import THREAD_NAME, Ahead, Taken
@@ -20,7 +21,6 @@ from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats, SamplingStoppedError
 from megatron_ra3.rollout.staleness import Staleness, staleness, steps_to_begin
 from megatron_ra3.rollout.vllm_engine import _weight_version
-from megatron_ra3.run import StopRequestedError
 from tests.distributed import run_ranks
 from tests.fake_fleet import FakeFleet, T
 from tests.small import make_config

@@ -1,1 +1,1 @@
-"""Where a run goes on a cluster, whether it fits there, and what it will take."""
+"""Launching: how a run is laid out on a cluster, whether it fits there, what it will take, and how it is submitted."""

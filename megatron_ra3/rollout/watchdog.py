@@ -28,6 +28,7 @@ def main(argv: list[str]) -> NoReturn:
         deadline = min(deadline, time.monotonic() + GRACE_S)
         child.terminate()
 
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM's warning to all processes of a step, the server's included
     child = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, stop)
     while child.poll() is None and os.getppid() == parent and time.monotonic() < deadline:
