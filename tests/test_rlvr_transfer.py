@@ -76,7 +76,8 @@ def test_too_many_tasks_are_refused(tmp_path):
         TASKS.write_tasks(tmp_path, config, train=60, heldout=5, seed=0)
 
 
-def test_figures_of_a_run():
+def test_figures_of_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
     run = _load("run")
     rates = [0.5, 0.6, 0.96, 0.9, 0.98, 1.0]
     evaluations = run.evaluations_of(
