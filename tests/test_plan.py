@@ -278,8 +278,8 @@ def test_steps_too_small_for_the_nodes_leave_nodes_unused():
 
 def test_overlap_hides_the_shorter_of_sampling_and_training():
     both = [
-        make_plan(question("qwen2.5-7b", *LARGE_STEPS, "parallel.tensor=2", engine_nodes=2, asynchronous=overlaps))
-        for overlaps in (False, True)
+        make_plan(question("qwen2.5-7b", *LARGE_STEPS, "parallel.tensor=2", *staleness, engine_nodes=2))
+        for staleness in ((), ("engine.kind=vllm", "estep.max_staleness_steps=1"))
     ]
     synchronous, asynchronous = (plan.chosen.times.estep for plan in both)
     assert synchronous.seconds == pytest.approx(

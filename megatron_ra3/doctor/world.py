@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "ra3-doctor"
 PORTS_PER_JOB, FIRST_PORT, JOB_BLOCKS = 250, 10000, 88
-"""The block of ports of a job, as slurm/ra3_midtrain.sbatch lays it out."""
+"""Where SLURM names no port for the rendezvous: one that follows from the job's number."""
 
 
 class MeetingError(OSError):

@@ -35,7 +35,6 @@ class Question:
     nodes: int
     gpus_per_node: int
     engine_nodes: int | None = None
-    asynchronous: bool = False
     assumptions: Assumptions = field(default_factory=Assumptions)
     gpu_hour_price: float | None = None
 
@@ -88,7 +87,7 @@ def make_plan(question: Question, manifest: Manifest | None = None) -> Plan:
         gpus_per_node=question.gpus_per_node,
         engine_nodes=question.engine_nodes if question.nodes > 1 else None,
     )
-    task = Task(config=config, geometry=geometry, work=work, asynchronous=question.asynchronous)
+    task = Task(config=config, geometry=geometry, work=work, asynchronous=config.estep.max_staleness_steps > 0)
     chosen, fitting = best(cluster, task)
     splits: dict[int, Placement] = {}
     for placement in fitting:

@@ -36,7 +36,6 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-nodes", type=int, metavar="M", help="of these; default: as is fastest")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="default %(default)s")
-    parser.add_argument("--asynchronous", action="store_true", help="sampling overlaps with the step before")
     parser.add_argument("--think-rate", type=float, default=assumed.think_rate, metavar="P", help="rationales per line")
     parser.add_argument(
         "--rationale-tokens", type=float, default=0.0, metavar="N", help="mean; default: half the limit"
@@ -57,7 +56,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         engine_nodes=arguments.engine_nodes,
-        asynchronous=arguments.asynchronous,
         assumptions=Assumptions(
             think_rate=arguments.think_rate,
             rationale_tokens=arguments.rationale_tokens,
