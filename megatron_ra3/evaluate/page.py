@@ -89,7 +89,8 @@ def task_page(
 def _about(task: Task) -> str:
     """The reference and the tests, folded."""
     if isinstance(task, AssertTask):
-        return _folded("reference", task.reference) + _folded("tests", "\n".join((task.setup, *task.tests)).strip())
+        tests = "\n".join((task.setup.removeprefix(task.reference), *task.tests)).strip()
+        return _folded("reference", task.reference) + _folded("tests", tests)
     if isinstance(task, PlusTask):
         shown = [f"{task.entry_point}(*{_short(arguments)})" for arguments in task.base_inputs[:_SHOWN_TESTS]]
         title = f"inputs: {len(task.base_inputs)} base, {len(task.plus_inputs)} extra"
@@ -116,7 +117,7 @@ def _card(key: Key, prompt: Prompt, completion: Mapping[str, Any], verdict: Mapp
     kind = html.escape(verdict["outcome"])
     facts = [verdict["reason"], f"{completion['tokens']} tokens, ended by {completion['finish']}"]
     if verdict.get("lines"):
-        facts.append(f"{verdict['rationales']} rationales over {verdict['lines']} lines")
+        facts.append(f"rationales above {verdict['rationales']} of {verdict['lines']} lines")
     if "base_passed" in verdict and kind == "fail":
         facts.append("base inputs passed" if verdict["base_passed"] else "base inputs failed")
     line = html.escape("; ".join(fact for fact in facts if fact))
@@ -128,7 +129,7 @@ def _card(key: Key, prompt: Prompt, completion: Mapping[str, Any], verdict: Mapp
     title = "whole answer" if prompt.fenced else "after the stop"
     return (
         f'<article class="sample" data-kind="{kind}"><p><span class="chip {kind}">{kind}</span> '
-        f'<span class="soft">#{key[1]} {line}</span></p>{detail}<pre>{highlighted(shown)}</pre>'
+        f'<span class="soft">#{key[1]} {line}</span></p>{detail}<pre>{highlighted(shown.rstrip())}</pre>'
         f"{_folded(title, rest) if rest.strip() else ''}</article>"
     )
 

@@ -26,7 +26,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal; }
 th { color: var(--soft); font-size: .87rem; } th:first-child, td:first-child, .left { text-align: left; }
 tbody tr:hover { background: var(--card); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 0 0 1rem; }
 .chip { display: inline-block; min-width: 3.6rem; padding: 0 .55rem; border-radius: 1rem; font-size: .85rem;
   text-align: center; }
 .pass { color: var(--good); background: var(--good-bg); } .fail { color: var(--bad); background: var(--bad-bg); }
