@@ -64,14 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megatron_ra3.bench.logprob import add_logprob_arguments, run_logprob
-    from megatron_ra3.bench.plan import add_plan_bench_arguments, run_plan_bench
-    from megatron_ra3.bench.prepare import add_prepare_bench_arguments, run_prepare_bench
-    from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
-    from megatron_ra3.bench.sandbox import add_sandbox_arguments, run_sandbox
-    from megatron_ra3.bench.stream import add_stream_arguments, run_stream
-    from megatron_ra3.bench.sync import add_sync_arguments, run_sync
-    from megatron_ra3.bench.tune import add_tune_arguments, run_tune
+    from megatron_ra3.bench.command import add_bench_arguments
     from megatron_ra3.chaos.trial import add_chaos_arguments, run_chaos
     from megatron_ra3.checkpoint_cli import add_checkpoint_arguments
     from megatron_ra3.corpus.commands import add_corpus_arguments, add_prepare_arguments, run_prepare
@@ -143,32 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=run_doctor)
 
-    bench = commands.add_parser("bench", help="measure a part of the system on this machine")
-    benches = bench.add_subparsers(dest="bench", required=True)
-    rollout = benches.add_parser("rollout", help="sampling latents: jump-ahead against line by line")
-    add_rollout_arguments(rollout)
-    rollout.set_defaults(run=run_rollout)
-    logprob = benches.add_parser("logprob", help="log-likelihoods from hidden states: our kernels beside their peers")
-    add_logprob_arguments(logprob)
-    logprob.set_defaults(run=run_logprob)
-    preparing = benches.add_parser("prepare", help="making a corpus: beside a plain pass over its sources")
-    add_prepare_bench_arguments(preparing)
-    preparing.set_defaults(run=run_prepare_bench)
-    planning = benches.add_parser("plan", help="what ra3 plan forecasts of a training step, beside steps taken here")
-    add_plan_bench_arguments(planning)
-    planning.set_defaults(run=run_plan_bench)
-    stream = benches.add_parser("stream", help="reading a corpus: the exact stream beside plain webdataset")
-    add_stream_arguments(stream)
-    stream.set_defaults(run=run_stream)
-    sandbox = benches.add_parser("sandbox", help="running programs: the warm jail beside a jail per program")
-    add_sandbox_arguments(sandbox)
-    sandbox.set_defaults(run=run_sandbox)
-    sync = benches.add_parser("sync", help="new weights into running engines: beside saving and loading them")
-    add_sync_arguments(sync)
-    sync.set_defaults(run=run_sync)
-    tune = benches.add_parser("tune", help="find the fastest tiles of the likelihood kernels for this GPU")
-    add_tune_arguments(tune)
-    tune.set_defaults(run=run_tune)
+    add_bench_arguments(commands.add_parser("bench", help="measure a part of the system on this machine"))
     return parser
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ra3 import run as run_module
+from megatron_ra3 import lifecycle
 from megatron_ra3.config import RunConfig
 from megatron_ra3.em import midtrain
 from megatron_ra3.estep import EStep
@@ -197,7 +197,7 @@ def fleets(monkeypatch: pytest.MonkeyPatch) -> list[FakeFleet]:
         opened.append(FakeFleet(latent_format))
         return opened[-1]
 
-    monkeypatch.setattr(run_module, "open_engine", open_engine)
+    monkeypatch.setattr(lifecycle, "open_engine", open_engine)
     return opened
 
 
@@ -206,7 +206,7 @@ def synchronous(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A finished run that samples nothing ahead."""
     config = _config(small_corpus, tmp_path_factory.mktemp("synchronous"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "open_engine", lambda _c, _t, latent_format, _f, **_o: FakeFleet(latent_format))
+        patch.setattr(lifecycle, "open_engine", lambda _c, _t, latent_format, _f, **_o: FakeFleet(latent_format))
         midtrain(config)
     assert {record["max_staleness"] for record in _esteps(config)} == {0}
     return config
@@ -291,7 +291,7 @@ def test_an_engine_of_old_weights_is_found_out(small_corpus, tmp_path, monkeypat
     def open_engine(_config: Any, _trainer: Any, latent_format: Any, _folder: Any, **_options: Any) -> FakeFleet:
         return FakeFleet(latent_format, lambda fleet: setattr(fleet, "version", FIRST_ESTEP_VERSION - 1))
 
-    monkeypatch.setattr(run_module, "open_engine", open_engine)
+    monkeypatch.setattr(lifecycle, "open_engine", open_engine)
     config = _config(small_corpus, tmp_path, "estep.max_staleness_steps=1")
     with pytest.raises(EngineError, match=r"versions \[0\], the trainer is at 2 and estep\.max_staleness_steps=1"):
         midtrain(config)
@@ -338,7 +338,7 @@ def _run_on_a_leaders_fleet(config: RunConfig) -> list[str]:
         opened.append(FleetOfALeader(trainer.layout, latent_format))
         return opened[-1]
 
-    run_module.open_engine = open_engine  # type: ignore[assignment]  # this process runs nothing else
+    lifecycle.open_engine = open_engine  # type: ignore[assignment]  # this process runs nothing else
     midtrain(config)
     return opened[0].asked_by
 

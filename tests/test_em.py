@@ -108,7 +108,7 @@ def test_a_run_without_engines_ends_as_it_was_before_the_step_that_needed_them(
 
     def lose_engines(engine, work):
         calls.append(work)
-        if len(calls) in (3, 7):  # the second E-step, and in the end the bootstrap, which has cleared its store
+        if len(calls) in (3, 8):  # the second E-step, and in the end the bootstrap, which has cleared its store
             raise EnginesLostError("replica 0 has no engine: http://a lost (it died)")
         return lead(engine, work)
 
