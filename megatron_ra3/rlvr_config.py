@@ -39,6 +39,8 @@ class TaskFileConfig:
     are the benchmarks of that name."""
     sha256: str = ""
     """Of the file; empty: the known one of a benchmark, and any content in formats that have no well-known file."""
+    split: Literal["all", "prompt", "test", "validation", "train"] = "all"
+    """Of MBPP's tasks."""
     style: Literal["auto", "completion", "docstring", "question"] = "auto"
     """Of the prompt (`evaluate.prompts`)."""
 
@@ -132,6 +134,8 @@ class RlvrEvaluateConfig:
     tasks: int = 256
     """The first so many held-out tasks."""
     samples_per_task: int = 1
+    allow_leaks: bool = False
+    """Go on where held-out tasks are trained on too."""
     samples_shown: int = 4
     """Answers written to samples.jsonl per evaluation."""
 

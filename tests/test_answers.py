@@ -122,11 +122,11 @@ def test_a_token_that_ends_any_answer_ends_the_sampling_too():
     assert (answer.text, answer.ended, engine.sampled) == ("x=1\n", True, len(script) - 1)
 
 
-def test_prompts_are_written_as_mid_training_writes_code():
+def test_code_prompts_have_an_act_before_every_line_in_the_special_form():
     tokenizer = Characters()
     special = prompt_ids(_problem("\n"), _format("special"), tokenizer)
     assert special == (EOS, ACT, *tokenizer.encode("a=1\n"), ACT, *tokenizer.encode("b=2\n"))
-    assert prompt_ids(_problem("\n"), _format(), tokenizer) == (EOS, *tokenizer.encode("\na=1\nb=2\n"))
+    assert prompt_ids(_problem("\n"), _format(), tokenizer) == (EOS, *tokenizer.encode("a=1\nb=2\n"))
     text = Problem(_problem("\n").task, Prompt(text="Q: b\n", stop=(), max_new_tokens=9))
     assert prompt_ids(text, _format("special"), tokenizer) == (EOS, *tokenizer.encode("Q: b\n"))
 

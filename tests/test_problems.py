@@ -1,5 +1,6 @@
 """Tasks as they are posed, with hidden tests alone in their verdict, and verdicts as rewards."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_mbpp_is_posed_without_the_assert_it_shows(tmp_path):
     assert tests[0][0] in problem.prompt.text
     assert not any(test in problem.prompt.text for test in problem.task.tests)
     assert found.skipped == {"Mbpp/602": "its prompt shows all its tests"}
+
+
+def test_only_mbpp_has_splits(tmp_path):
+    record = {"text": "Double.", "code": "def f(n): return 2*n", "test_setup_code": ""}
+    tests = ["assert f(1) == 2", "assert f(2) == 4"]
+    config = _file(tmp_path / "m.jsonl", *({**record, "task_id": number, "test_list": tests} for number in (11, 601)))
+    sha256 = hashlib.sha256(Path(config.file).read_bytes()).hexdigest()
+    found = load_problems(TaskFileConfig(file=config.file, format="mbpp", sha256=sha256, split="train"))
+    assert [problem.task.task_id for problem in found.problems] == ["Mbpp/601"]
+    with pytest.raises(ValueError, match=r"split=train with format=completions: only MBPP has splits"):
+        load_problems(dataclasses.replace(_file(tmp_path / "t.jsonl", RECORD), split="train"))
 
 
 def test_broken_files_of_completions_are_named(tmp_path):

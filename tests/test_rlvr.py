@@ -134,6 +134,7 @@ def test_a_run_trains_evaluates_and_exports(whole):
     assert 0 < steps[0]["pass_rate"] < 1
     assert sum(record["infrastructure_errors"] for record in steps) > 0
     assert metrics[0]["answers"] == 6
+    assert (whole / "trained_tasks.txt").read_text().split() == [f"train/{number}" for number in range(TASKS)]
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * 4
     assert samples[0]["prompt"] == "x=0\n"
@@ -156,8 +157,11 @@ def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path):
 
 def test_a_finished_run_can_be_made_longer_and_other_tasks_are_refused(whole, world, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
+    other = f"tasks.file={world / 'heldout.jsonl'}"
+    with pytest.raises(ValueError, match="3 of 3 tasks were trained on"):
+        rlvr(_config(world, tmp_path / "other", other))
     with pytest.raises(ValueError, match=r"corpus: completions .* in the checkpoint, completions .* now"):
-        rlvr(_config(world, tmp_path / "run", f"tasks.file={world / 'heldout.jsonl'}"))
+        rlvr(_config(world, tmp_path / "run", other, "evaluate.allow_leaks=true"))
     rlvr(_config(world, tmp_path / "run", "rlvr.steps=6"))
     assert _metrics(tmp_path / "run")[:7] == _metrics(whole)
     assert len(_metrics(tmp_path / "run")) == 10

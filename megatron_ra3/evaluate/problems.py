@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_ra3.evaluate import contests, tasks
 from megatron_ra3.evaluate.prompts import Prompt, Style, build_prompt
+from megatron_ra3.evaluate.splits import mbpp_split
 from megatron_ra3.evaluate.tasks import AssertTask, FunctionTask, IoTest, PlusTask, Task, TaskFile
 from megatron_ra3.rlvr_config import TaskFileConfig
 
@@ -61,12 +62,26 @@ def load_problems(config: TaskFileConfig) -> Problems:
     """Read a file of tasks; ValueError: it is missing, is another one, or no task of it is left."""
     path = Path(config.file)
     if config.format == "completions":
-        found = _load_completions(path, config.sha256 or None)
+        found = _load_completions(path, config)
     else:
-        found = _from_file(_load(path, config), config.style)
+        found = _from_file(_in_split(_load(path, config), config), config.style)
     if not found.problems:
         raise ValueError(f"{path}: no task can be posed; of the first: {next(iter(found.skipped.values()), 'no task')}")
     return found
+
+
+def _in_split(file: TaskFile[Any], config: TaskFileConfig) -> TaskFile[Any]:
+    """The tasks of one of MBPP's splits."""
+    _check_split(config)
+    if config.split == "all":
+        return file
+    kept = tuple(task for task in file.tasks if mbpp_split(task.task_id) == config.split)
+    return dataclasses.replace(file, tasks=kept)
+
+
+def _check_split(config: TaskFileConfig) -> None:
+    if config.split != "all" and "mbpp" not in config.format:
+        raise ValueError(f"split={config.split} with format={config.format}: only MBPP has splits; set split=all")
 
 
 def hidden(task: Task, style: Style) -> Task | None:
@@ -104,8 +119,9 @@ def _from_file(file: TaskFile[Any], style: Style) -> Problems:
     return Problems(tuple(problems), file.sha256, skipped)
 
 
-def _load_completions(path: Path, sha256: str | None) -> Problems:
-    records, found = tasks.read_records(path, sha256)
+def _load_completions(path: Path, config: TaskFileConfig) -> Problems:
+    _check_split(config)
+    records, found = tasks.read_records(path, config.sha256 or None)
     problems = []
     keys: Sequence[str] = ("task_id", "prompt", "stop", "head", "function", "tests", "max_new_tokens")
     for index, record in enumerate(records):

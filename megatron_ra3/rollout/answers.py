@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from megatron_ra3.corpus.lines import split_lines
 from megatron_ra3.evaluate.problems import Problem
 from megatron_ra3.evaluate.prompts import stopped
 from megatron_ra3.latents import LatentFormat, Tokenizer
@@ -55,16 +56,15 @@ class Posed:
 
 
 def prompt_ids(problem: Problem, latent_format: LatentFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt as mid-training writes it: where it is code, line by line, each as if `<act>` stood before it."""
+    """The prompt as token ids; in the special form with `<act>` before each line of code."""
     text = problem.prompt.text
-    if not problem.prompt.is_code:
+    if latent_format.surface == "newline" or not problem.prompt.is_code:
         return (*latent_format.start, *tokenizer.encode(text))
-    act = latent_format.gate_prefix + latent_format.act_suffix
-    ending = "" if latent_format.gate_prefix else "\n"
     ids = list(latent_format.start)
-    for line in text.removesuffix("\n").split("\n"):
-        ids += [*act, *tokenizer.encode(line + ending)]
-    return (*ids, *latent_format.gate_prefix)
+    for line in split_lines(text):
+        if line.code:
+            ids += [*latent_format.act_suffix, *tokenizer.encode(f"{line.trivia}{line.code}\n")]
+    return tuple(ids)
 
 
 class AnswerSampler:
