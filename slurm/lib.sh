@@ -218,7 +218,7 @@ run_to_the_end() {
             finish) touch "$logs/finished" && exit 0 ;;
             give_up) give_up "$idle" ;;
             requeue)
-                scontrol requeue "$job" || echo "cannot be requeued: submit the same command again"
+                scontrol requeue "$job" || echo "cannot be requeued: the next job of the chain, or the same command, goes on"
                 exit "$status"
                 ;;
         esac
