@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_ra3.assembly import assemble
 from megatron_ra3.evaluate.judge import Attempt, Judge, reward
 from megatron_ra3.evaluate.problems import Problem, Problems, load_problems
 from megatron_ra3.evaluate.sandbox import Verdict
-from megatron_ra3.evaluate.splits import refuse_leaks
+from megatron_ra3.evaluate.splits import note_training, refuse_leaks
 from megatron_ra3.lifecycle import DurableRun
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
@@ -24,9 +25,6 @@ from megatron_ra3.rollout.answers import Answer, AnswerSampler, Posed, prompt_id
 from megatron_ra3.rollout.engine import Engine, refuse_other_weights
 from megatron_ra3.schedule import rlvr_phases
 from megatron_ra3.task_order import TaskOrder
-
-TRAINED = "trained_tasks.txt"
-"""File of the run folder with the ids of all training tasks: scores on these say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +102,7 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
         super().__init__(config, assembly, rlvr_phases(config), data=_fingerprint(config, self._train, self._heldout))
         layout = self.layout
         if layout.rank == 0:
-            (self.folder / TRAINED).write_text("".join(f"{name}\n" for name in trained), encoding="utf-8")
+            note_training(self.folder, trained, start=Path(config.model.folder))
         self._posed = self._pose(self._train, config.tasks, "")
         self._posed_heldout = self._pose(self._heldout, config.heldout, "heldout ")[: config.evaluate.tasks]
         self._order = TaskOrder(len(self._posed), config.seed)

@@ -15,6 +15,7 @@ from megatron_ra3.evaluate.generate import Answer
 from megatron_ra3.evaluate.models import parse_models, resolve_model
 from megatron_ra3.evaluate.records import RecordFile, read_records
 from megatron_ra3.evaluate.settings import load_eval_config
+from megatron_ra3.evaluate.splits import note_training, noted_training
 from megatron_ra3.evaluate.suites import load_suites
 from megatron_ra3.rollout.engine import EngineError
 from tests.support import open_jail
@@ -216,6 +217,15 @@ def test_two_evaluations_do_not_share_a_folder(world):
         return right(task_id)
 
     evaluate(settings("suites=[humaneval]", "max_tasks=1"), {"base": models["base"]}, StandIn(write))
+
+
+def test_scoring_what_a_run_says_it_trained_on_is_refused(world, tmp_path):
+    settings, _models = world
+    note_training(tmp_path, ["other/1"], start=tmp_path)
+    note_training(tmp_path, ["Mbpp/11"], start=tmp_path / "export")
+    assert noted_training(tmp_path / "export") == {"other/1", "Mbpp/11"}
+    with pytest.raises(ValueError, match=rf"model rlvr={tmp_path}: 1 of 6 tasks were trained on, .*trained_tasks.txt"):
+        evaluate(settings(), {"rlvr": tmp_path}, StandIn(None))
 
 
 def test_scoring_what_was_trained_on_is_refused_unless_asked_for(world):

@@ -32,6 +32,7 @@ from megatron_ra3.evaluate.rationales import count_rationales, strip_rationales
 from megatron_ra3.evaluate.records import Key, RecordFile, read_records
 from megatron_ra3.evaluate.sandbox import Sandbox, Verdict
 from megatron_ra3.evaluate.settings import EvalConfig
+from megatron_ra3.evaluate.splits import NOTE, noted_training, refuse_leaks
 from megatron_ra3.evaluate.suites import Suite, load_suites
 from megatron_ra3.evaluate.tasks import PlusTask, Task
 
@@ -57,6 +58,7 @@ def evaluate(
 def _evaluate(config: EvalConfig, models: Mapping[str, Path], open_generator: OpenGenerator) -> dict[str, Any]:
     out = Path(config.out_folder)
     suites = load_suites(config)
+    _refuse_known_leaks(config, suites, models)
     resolved = [resolve_model(name, folder, out / "exports") for name, folder in models.items()]
     known = agree(out / SETTINGS, config, suites, resolved)
     for suite in suites.values():
@@ -69,6 +71,17 @@ def _evaluate(config: EvalConfig, models: Mapping[str, Path], open_generator: Op
     durable.write(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     write_pages(out / "pages", suites, {name: records_of(out, name, known) for name in suites}, result)
     return result
+
+
+def _refuse_known_leaks(config: EvalConfig, suites: Mapping[str, Suite], models: Mapping[str, Path]) -> None:
+    scored = [task.task_id for suite in suites.values() for task in suite.tasks]
+    for name, folder in models.items():
+        try:
+            refuse_leaks(noted_training(folder), scored, allow=config.allow_leaks)
+        except ValueError as error:
+            raise ValueError(
+                f"model {name}={folder}: {error} (trained_on=['@{folder / NOTE}'] allow_leaks=true)"
+            ) from None
 
 
 @contextmanager

@@ -7,8 +7,12 @@ reporting MBPP+ is reporting memory, and nothing in the files says so.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Literal
 
+from megatron_ra3 import durable
+
+NOTE = "trained_tasks.txt"
 Split = Literal["prompt", "test", "validation", "train"]
 _LAST_OF: dict[Split, int] = {"prompt": 10, "test": 510, "validation": 600, "train": 974}
 
@@ -30,3 +34,15 @@ def refuse_leaks(trained: Collection[str], scored: Collection[str], *, allow: bo
             "score on the others, or ask for it by name and have the result say so"
         )
     return len(leaked)
+
+
+def note_training(run_folder: Path, task_ids: Collection[str], *, start: Path) -> None:
+    """Write down in a run's folder which tasks it trains on, and what the model in `start` was trained on before."""
+    known = sorted({*task_ids, *noted_training(start)})
+    durable.write(run_folder / NOTE, "".join(f"{task_id}\n" for task_id in known).encode())
+
+
+def noted_training(folder: Path) -> frozenset[str]:
+    """Tasks that a run trained on, from its folder or that of its export."""
+    notes = [place / NOTE for place in (folder, folder.parent) if (place / NOTE).is_file()]
+    return frozenset(task_id for note in notes for task_id in note.read_text(encoding="utf-8").split("\n") if task_id)
