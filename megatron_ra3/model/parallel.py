@@ -140,7 +140,7 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
             f"start a multiple of {max(tp * pp, 1)} processes or lower tp or pp"
         )
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -169,11 +169,20 @@ def initialize(tp: int, pp: int, *, seed: int, timeout_s: float) -> ParallelLayo
 
 def destroy() -> None:
     """Leave all process groups."""
+    _leave_groups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_groups() -> None:
+    """Leave all groups but the world. Megatron only forgets its own, whose threads would wake up for ever."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    world = dist.distributed_c10d._world  # noqa: SLF001 - torch keeps no public list of its groups
+    for group in list(world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _join(timeout: dt.timedelta) -> None:
