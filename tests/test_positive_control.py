@@ -204,7 +204,7 @@ def test_all_goes_from_corpus_to_table_and_keeps_what_is_finished(tmp_path: Path
     ]
     small += ["estep.rollouts_per_snippet=2", "mstep.steps=1", "mstep.snippets_per_step=2", "evaluate.snippets=2"]
     command = [sys.executable, str(EXAMPLE / "run.py"), "all", "--seeds", "3", "--out", str(tmp_path), "--only", "ntp"]
-    command += ["--programs", "4000", *(f"--set={setting}" for setting in small)]
+    command += ["--programs", "4000", "--heldout", "20", *(f"--set={setting}" for setting in small)]
 
     def call() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)

@@ -32,6 +32,8 @@ CONFIG = HERE / "run.yaml"
 MODEL = HERE / "model"
 FROM_SCRATCH = ("model.init=random", "em.rounds=0")
 HELDOUT_FRACTION = 0.05
+HELDOUT = 400
+"""Programs to evaluate on."""
 TOKENIZER_VOCAB = {False: 279, True: 285}
 """By `blocks`: the 256 bytes, five special tokens, and the merges that spell the words of these programs; one more, and
 two names would become one token."""
@@ -91,7 +93,7 @@ def _one_seed(given: argparse.Namespace, seed: int) -> None:
     make_ra3(own)
     make_ntp(own)
     for name in ("base", "ra3", *own.only):
-        evaluate_once(own.out, name)
+        evaluate_once(own.out, name, given.heldout)
     (own.out / "result.json").write_text(json.dumps(seed_result(own.out, seed), indent=1) + "\n", encoding="utf-8")
 
 
@@ -125,10 +127,12 @@ def midtrain(out: Path, name: str, model: Path, seed: int, *settings: str) -> No
     call_once(command, folder / "summary.json", out / f"{name}.log", f"{out.name}/{name}", inputs=inputs)
 
 
-def evaluate_once(out: Path, name: str) -> Path:
+def evaluate_once(out: Path, name: str, programs: int = HELDOUT) -> Path:
     """`out`/`name`.json, the figures of that run, made anew where the run's weights are not those it was made from."""
     figures, run = out / f"{name}.json", out / name
     command = [sys.executable, __file__, "evaluate", "--run", run, "--out", figures]
+    if programs != HELDOUT:
+        command += ["--programs", str(programs)]
     log = out / f"{name}.evaluate.log"
     call_once(command, figures, log, f"{out.name}/{name} evaluated", inputs=[run / "export"])
     return figures
@@ -166,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "all":
             command.add_argument("--out", dest="folder", type=Path, required=True)
+            command.add_argument(
+                "--heldout", type=int, default=HELDOUT, help="programs to evaluate on; default %(default)s"
+            )
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
             jobs = os.cpu_count() or 1
             command.add_argument(
@@ -186,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=evaluate)
     command.add_argument("--run", type=Path, required=True)
     command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--programs", type=int, default=400, help="default %(default)s")
+    command.add_argument("--programs", type=int, default=HELDOUT, help="default %(default)s")
     return parser
 
 
