@@ -126,8 +126,6 @@ class DurableRun(Generic[ConfigT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         self._close()
         self.checkpoints.abandon()
         if self._engine is not None:
@@ -136,6 +134,8 @@ class DurableRun(Generic[ConfigT]):
         if kind is None or kind is StopRequestedError:
             self.layout.barrier("end of the run")  # a launcher that sees one rank leave early may kill the others
         parallel.destroy()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     # Phases and steps
 

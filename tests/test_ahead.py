@@ -17,6 +17,7 @@ from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.rollout.ahead import THREAD_NAME, Ahead, Taken
+from megatron_ra3.rollout.dispatch import UnansweredError
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats, SamplingStoppedError
 from megatron_ra3.rollout.staleness import Staleness, staleness, steps_to_begin
@@ -68,10 +69,10 @@ def test_staleness_is_counted_over_decisions_and_its_bound_is_hard():
     assert staleness([[]], 3, max_staleness_steps=0) == Staleness(0, 0, 0)
 
 
-def test_an_answer_whose_weights_changed_on_the_way_is_refused():
+def test_an_answer_whose_weights_changed_on_the_way_is_asked_anew():
     spans = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 5}]
     assert _weight_version("http://e", {"weight_versions": spans[:1]}) == 3
-    with pytest.raises(EngineError, match=r"http://e: weights changed from version 3 to 4 within one answer"):
+    with pytest.raises(UnansweredError, match=r"http://e: weights changed from version 3 to 4 within one answer"):
         _weight_version("http://e", {"weight_versions": spans})
 
 

@@ -149,6 +149,9 @@ def gone(groups: list[int]) -> bool:
             return False
         return True
 
+    deadline_s = time.monotonic() + 10  # who was killed is gone once its parent has heard of it
+    while any(map(alive, groups)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
     return not any(map(alive, groups))
 
 

@@ -335,10 +335,12 @@ def test_a_broken_transfer_is_tried_again_and_then_leaves_the_old_weights_served
 
     engine, queries = served.engine(count=2), gate_queries(seed=30)
     with connected(served) as sync:
+        began = time.monotonic()
         sync.send(Weights(served.second, fail_first), version=9)
         assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
         with pytest.raises(EngineError, match="weights version 10 failed"):
             sync.send(Weights(served.first, fail_always), version=10)
+        assert time.monotonic() - began < TIMEOUT_S / 2  # no engine waits until its time is out
         assert_scores(served.second, queries, engine.gate_logprobs(queries), 9)
         sync.send(Weights(served.first), version=11)
         assert_scores(served.first, queries, engine.gate_logprobs(queries), 11)

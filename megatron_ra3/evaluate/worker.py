@@ -221,7 +221,9 @@ class Worker:
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
         """The next report of the server."""
-        if not select.select([self._control], [], [], timeout_s)[0]:
+        ready = select.poll()  # select() itself takes no descriptor above 1023
+        ready.register(self._control, select.POLLIN)
+        if not ready.poll(timeout_s * 1000):
             raise JailError(f"the server of the jail did not answer within {timeout_s:.0f} s")
         try:
             message = self._control.recv(1 << 16)

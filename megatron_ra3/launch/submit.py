@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_ra3.config import load_config
+from megatron_ra3.rlvr_config import load_rlvr_config
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 Job = Literal["midtrain", "rlvr"]
@@ -138,10 +139,8 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_submit(arguments: argparse.Namespace) -> int:
     """Prints or submits."""
-    if arguments.job == "midtrain":
-        load_config(arguments.config, arguments.overrides)
-    elif not arguments.config.is_file():
-        raise FileNotFoundError(f"config file {arguments.config} does not exist")
+    load = load_config if arguments.job == "midtrain" else load_rlvr_config
+    load(arguments.config, arguments.overrides)
     named = {"gpus-per-node": arguments.gpus_per_node, "time": arguments.time}
     named |= {"partition": arguments.partition, "account": arguments.account}
     common = [f"--{name}={value}" for name, value in named.items() if value is not None]

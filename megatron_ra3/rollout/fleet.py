@@ -8,6 +8,7 @@ sees of its engines becomes a decision only after all ranks have heard of it, so
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def serve(config: TrainerConfig) -> int:
         what = f"{folder}, which the trainer writes"
         if not all(await_all([(folder / "config.json").is_file], what, settings.start_timeout_s)):
             raise EngineError(f"{what}, did not appear within engine.start_timeout_s={settings.start_timeout_s:g}")
-    log_file = Path(config.run_folder) / f"engine-{settings.port}.log"
+    log_file = Path(config.run_folder) / f"engine-{socket.gethostname()}-{settings.port}.log"
     serve_forever(
         server_settings(config, folder, log_file, seed=config.seed + settings.port),
         restart_policy(config),

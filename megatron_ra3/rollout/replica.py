@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_ra3.config import TrainerConfig
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.health import Restarts, Roster
-from megatron_ra3.rollout.server import ServerConfig, answers, served_model_name
+from megatron_ra3.rollout.server import ServerConfig, answers, resume, served_model_name
 from megatron_ra3.rollout.supervise import FoundServer, Keeper, KeptServer
 from megatron_ra3.rollout.vllm_engine import VllmEngine
 from megatron_ra3.stall import ACTIVITY
@@ -101,7 +101,9 @@ class ReplicaEngines:
         missing = f"did not appear within engine.start_timeout_s={timeout_s:g}"
         for url, is_there in zip(urls, found, strict=True):
             self.roster.add(url, "ready" if is_there else "starting")
-            if not is_there:
+            if is_there:
+                resume(url)
+            else:
                 self.roster.lose(url, missing)
         if not any(found):
             raise EngineError(f"engine {', '.join(urls)} {missing}")

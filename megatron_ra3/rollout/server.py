@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -88,6 +89,11 @@ class VllmServer:
         host = socket.gethostname() if self.config.host in ("0.0.0.0", "::") else self.config.host  # noqa: S104
         return f"http://{host}:{self.port}"
 
+    @property
+    def _own_url(self) -> str:
+        """Where this process asks it: the name that `url` has for others need not resolve."""
+        return f"http://127.0.0.1:{self.port}" if self.config.host in ("0.0.0.0", "::") else self.url  # noqa: S104
+
     def start(self) -> None:
         """Launch the processes and return at once; ValueError for a folder without a model."""
         assert self._process is None
@@ -109,7 +115,7 @@ class VllmServer:
     def wait(self) -> None:
         """Return when the server answers; EngineError with the end of its log if it dies or takes too long."""
         deadline = time.monotonic() + self.config.start_timeout_s
-        while not answers(self.url):
+        while not answers(self._own_url):
             if not self.poll():
                 raise EngineError(f"vLLM server {self.url} died while starting{self.log_tail()}")
             if time.monotonic() > deadline:
@@ -164,8 +170,14 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310
             return True
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
+
+
+def resume(url: str) -> None:
+    """Let the server at `url` go on where a trainer that is gone has left it paused."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        urllib.request.urlopen(f"{url}/resume", b"", timeout=5).close()  # noqa: S310
 
 
 def computes(url: str, timeout_s: float, *, expected_model: str | None = None) -> bool:
@@ -181,7 +193,7 @@ def computes(url: str, timeout_s: float, *, expected_model: str | None = None) -
                 return False
         with urllib.request.urlopen(ask, timeout=timeout_s):  # noqa: S310
             return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, http.client.HTTPException):
         return False
 
 

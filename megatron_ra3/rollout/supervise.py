@@ -9,13 +9,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.health import Restarts, Roster
-from megatron_ra3.rollout.server import ServerConfig, VllmServer, answers, computes, nth_start
+from megatron_ra3.rollout.server import ServerConfig, VllmServer, answers, computes, nth_start, resume
 
 POLL_S = 0.5
 PULSE_S = 10.0
@@ -134,11 +133,8 @@ class FoundServer:
         """Whether it computes; it may still be paused by a weight sync that it did not survive."""
         if not answers(self._url):
             return False
-        try:
-            with urllib.request.urlopen(f"{self._url}/resume", b"", timeout=PULSE_TIMEOUT_S):  # noqa: S310
-                return computes(self._url, PULSE_TIMEOUT_S, expected_model=self._expected_model)
-        except OSError:
-            return False
+        resume(self._url)
+        return computes(self._url, PULSE_TIMEOUT_S, expected_model=self._expected_model)
 
 
 class Keeper:

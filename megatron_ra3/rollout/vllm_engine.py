@@ -376,13 +376,13 @@ def _finite(logprobs: Sequence[float]) -> bool:
 
 
 def _weight_version(url: str, choice: dict[str, Any]) -> int:
-    """Version of the weights that sampled the answer; EngineError where they changed on the way.
+    """Version of the weights that sampled the answer; UnansweredError where they changed on the way.
 
     A pause waits for open requests, except for one that was preempted: it goes on afterwards, with other weights.
     """
     versions = [span["version"] for span in choice["weight_versions"]]
     if len(versions) > 1:
-        raise EngineError(
+        raise UnansweredError(
             f"engine {url}: weights changed from version {versions[0]} to {versions[-1]} within one answer, whose "
             "request was preempted for want of KV cache; raise engine.memory_fraction or lower engine.max_in_flight"
         )

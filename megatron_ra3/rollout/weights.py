@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -62,8 +63,7 @@ class WeightSync:
 
     `backend` must be the servers' (`--weight-transfer-config`): gloo on CPU, nccl on GPU (vLLM's own engine, not
     staged: between a failed update and the next whole one the engines stay paused). `rank` is the trainer's global
-    rank; with more than one, torch.distributed must be initialised. `master_address` is where the engines reach rank
-    0; None is this host's name, or 127.0.0.1 when all engines are local. Every wait is bounded by `timeout_s`.
+    rank; with more than one, torch.distributed must be initialised. Every wait is bounded by `timeout_s`.
 
     `dropped` says which of `urls` died on the way and why, the same on every rank.
     """
@@ -75,13 +75,11 @@ class WeightSync:
         backend: Backend,
         timeout_s: float,
         rank: int = 0,
-        master_address: str | None = None,
     ) -> None:
         self.dropped: dict[str, str] = {}
         self._backend = backend
         self._timeout_s = timeout_s
         self._rank = rank
-        self._given_address = master_address
         self._source = _SharedPass()
         self._transfer: Any = None
         self.regroup(urls)
@@ -95,7 +93,7 @@ class WeightSync:
         """Send to these engines from now on; the next `send` begins with a rendezvous."""
         self._disconnect()
         self._fleet = _Fleet(urls, self._timeout_s, staged=self._backend == "gloo")
-        self._master_address = self._given_address or _master_address(urls)
+        self._master_address = _master_address(urls)
         self.dropped = {}
 
     def connect(self) -> None:
@@ -432,5 +430,9 @@ def _from_rank_0(value: T) -> T:
 
 
 def _master_address(urls: Sequence[str]) -> str:
+    """Where engines reach rank 0: on its own machine, at the address of the ranks' rendezvous, or by its name."""
     hosts = {urlsplit(url).hostname for url in urls}
-    return LOCAL_HOSTS[0] if hosts <= {*LOCAL_HOSTS, socket.gethostname()} else socket.gethostname()
+    if hosts <= {*LOCAL_HOSTS, socket.gethostname()}:
+        return LOCAL_HOSTS[0]
+    rendezvous = os.environ.get("MASTER_ADDR", LOCAL_HOSTS[0])
+    return socket.gethostname() if rendezvous in LOCAL_HOSTS else rendezvous

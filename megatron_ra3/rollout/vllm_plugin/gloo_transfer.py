@@ -81,13 +81,14 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         super().__init__(*args)
         self._group: ProcessGroupGloo | None = None
         self._buffers: dict[str, torch.Tensor] = {}
-        self._receiver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gloo weight transfer")
+        self._receiver = _one_thread()
         self._receiving: Future[list[str]] | None = None
         self._received: list[str] = []
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the trainer's group, leaving any earlier one."""
+        """Join the trainer's group, leaving any earlier one, though it may still wait for a trainer that is gone."""
         self.shutdown()
+        self._receiver = _one_thread()
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = _join(init_info, rank)
@@ -130,7 +131,8 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
                 ):
                     in_flight.add(group.broadcast(_as_bytes(self._buffer(name, dtype_name, shape)), 0))
         except BaseException:
-            self.shutdown()
+            if self._group is group:
+                self.shutdown()
             raise
         return update_info.names
 
@@ -226,6 +228,7 @@ class _InFlight:
     def add(self, work: Work) -> None:
         """Count one more in; RuntimeError of an earlier one that failed."""
         self._works.append(work)
+        del work  # as in __exit__
         if len(self._works) > MAX_IN_FLIGHT:
             self._works.popleft().wait()
 
@@ -235,6 +238,11 @@ class _InFlight:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         while self._works and kind is None:
             self._works.popleft().wait()
+        self._works.clear()  # else an error's traceback keeps them, and they the connections, until the time-out
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="gloo weight transfer")
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
