@@ -33,7 +33,10 @@ def test_one_job(config, capsys):
     ]  # fmt: skip
 
 
-def test_engines_on_nodes_of_another_kind(config, capsys):
+def test_engines_on_nodes_of_another_kind(tmp_path, capsys):
+    config = str(tmp_path / "rlvr.yaml")
+    tasks = "tasks: {file: tasks.jsonl, format: input_output}, evaluate: {every_steps: 0}"
+    Path(config).write_text(f"{{run_folder: run, model: {{folder: model}}, {tasks}}}")
     (line,) = printed(
         capsys, "--job=rlvr", "--nodes=5", "--engine-nodes=3", "--time=60", "--engine-sbatch=--partition=e", config
     )
@@ -42,6 +45,12 @@ def test_engines_on_nodes_of_another_kind(config, capsys):
         ":", "--nodes=3", "--exclusive", "--mem=0", "--time=60", "--partition=e",
         str(SLURM / "ra3_rlvr.sbatch"), config,
     ]  # fmt: skip
+
+
+def test_the_settings_are_read_before_anything_is_submitted(config, capsys):
+    for job, key in (("midtrain", "rlvr"), ("rlvr", "corpus")):
+        assert main(["submit", f"--job={job}", config, "rlvr.steps=2"]) == 2
+        assert f"unknown config key {key!r}" in capsys.readouterr().err
 
 
 def test_a_chain_waits_for_one_another_and_shares_its_logs(config, capsys):
