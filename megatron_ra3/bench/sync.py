@@ -92,6 +92,7 @@ def measure(bench: SyncBench) -> dict[str, Any]:
             run = {"raw_broadcast": _seconds(peers.broadcast)}
             client.longest_s = 0.0
             run["sync"] = _seconds(lambda version=version: sync.send(weights, version + 2))
+            client.await_answer()  # of the request that waited for the new weights
             run["sampling_stall"] = client.longest_s
             run["reload"] = _seconds(lambda: _save_and_reload(folder / "model", weights, servers))
             if version >= 0:  # the first round warms everything up
@@ -221,7 +222,7 @@ class _Client:
         self.longest_s = 0.0
 
     def __enter__(self) -> Self:
-        self._ended = threading.Event()
+        self._ended, self._answered = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._ask_on)
         self._thread.start()
         return self
@@ -230,12 +231,18 @@ class _Client:
         self._ended.set()
         self._thread.join()
 
+    def await_answer(self) -> None:
+        """Return when the request that is open now is answered."""
+        self._answered.clear()
+        assert self._answered.wait(_TIMEOUT_S)
+
     def _ask_on(self) -> None:
         body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
         while not self._ended.is_set():
             started_s = time.perf_counter()
             _post(self._url, "/inference/v1/generate", body)
             self.longest_s = max(self.longest_s, time.perf_counter() - started_s)
+            self._answered.set()
 
 
 def _save_and_reload(folder: Path, weights: _Weights, servers: Sequence[VllmServer]) -> None:
