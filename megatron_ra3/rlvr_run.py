@@ -149,11 +149,16 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
         return [Sampled(item, group) for item, group in zip(posed, groups, strict=True)]
 
     def judge(self, sampled: Sequence[Sampled]) -> list[Judged]:
-        """Verdicts of the replica's jail, the same on every rank of the replica."""
+        """Verdicts of the replica's jail, the same on every rank of the replica; an error of any, on all ranks."""
         verdicts: list[Verdict] = []
+        problem: Exception | None = None
         if self._judge is not None:
             attempts = [Attempt(item.posed.problem, answer.text) for item in sampled for answer in item.answers]
-            verdicts = self._judge.verdicts(attempts)
+            try:
+                verdicts = self._judge.verdicts(attempts)
+            except (ValueError, OSError, RuntimeError) as error:
+                problem = error
+        self.layout.raise_on_all(problem)
         found = iter(self.layout.broadcast_in_replica(verdicts))
         return [Judged(item.posed, item.answers, [next(found) for _ in item.answers]) for item in sampled]
 
@@ -278,15 +283,17 @@ def _fingerprint(config: RlvrRunConfig, train: Problems, heldout: Problems) -> s
 
 def _open_judge(config: RlvrRunConfig, layout: ParallelLayout) -> Judge | None:
     """The jail of a replica, with its leader; what only one of them finds wrong is raised on all ranks."""
-    judge, problem = None, None
+    judge: Judge | None = None
+    problem: Exception | None = None
     if layout.is_replica_leader:
         try:
             judge = Judge(config.jail)
-        except ValueError as error:
+        except (ValueError, OSError, RuntimeError) as error:
             problem = error
-    for found in layout.gather_from_ranks(problem):
-        if found is not None:
-            if judge is not None:
-                judge.close()
-            raise found
+    try:
+        layout.raise_on_all(problem)
+    except BaseException:
+        if judge is not None:
+            judge.close()
+        raise
     return judge

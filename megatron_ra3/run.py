@@ -274,9 +274,7 @@ def _open_corpus(config: RunConfig, layout: ParallelLayout) -> tuple[ShardStream
         )
     except (ValueError, OSError) as error:
         problem = error
-    for found in layout.gather_from_ranks(problem):
-        if found is not None:
-            raise found
+    layout.raise_on_all(problem)
     return train, heldout
 
 

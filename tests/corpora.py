@@ -1,6 +1,7 @@
 """Small corpora for tests of what reads them, and servers to read them from."""
 
 import contextlib
+import hashlib
 import http.server
 import threading
 from pathlib import Path
@@ -9,6 +10,12 @@ from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 
 SAMPLES = 23
+
+
+def split_of(repo: str, heldout_fraction: float) -> str:
+    """The split of a repository as documented: decided by its name alone, so that later corpora agree on it."""
+    drawn = int.from_bytes(hashlib.sha256(repo.encode()).digest()[:8], "big")
+    return "heldout" if drawn < heldout_fraction * 2**64 else "train"
 
 
 def make_corpus(folder: Path, **settings) -> Manifest:

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_ra3.cli import main
 from megatron_ra3.corpus import pool
-from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.merge import merge_corpora
 from megatron_ra3.corpus.originals import Originals, find_originals, largest_families
@@ -16,6 +15,7 @@ from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.verify import problems
+from tests.corpora import split_of
 
 REPOS = [f"p{number:02}" for number in range(60)]
 TRAIN = [repo for repo in REPOS if split_of(repo, 0.3) == "train"]

@@ -17,7 +17,6 @@ import webdataset
 
 from megatron_ra3.corpus import prepare as prepare_module
 from megatron_ra3.corpus import staging
-from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.commands import add_prepare_arguments, run_prepare
 from megatron_ra3.corpus.documents import Document
 from megatron_ra3.corpus.examine import decode
@@ -29,6 +28,7 @@ from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.reader import SplitReader
 from megatron_ra3.corpus.snippets import SnippetLimits
 from megatron_ra3.corpus.tokenizer import load_tokenizer
+from tests.corpora import split_of
 
 RUN_PREPARE = "import sys; from megatron_ra3.cli import main; sys.exit(main(['prepare', *sys.argv[1:]]))"
 PREPARE_SCRIPT = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.rollout import fleet, server, supervise
 from megatron_ra3.rollout.engine import EngineError, EnginesLostError, GenerateQuery, StopRule
 from megatron_ra3.rollout.health import Restarts
@@ -54,6 +55,7 @@ class Layout:
         return list(self.ranks.values)
 
     gather_from_leaders = gather_from_ranks
+    raise_on_all = ParallelLayout.raise_on_all
 
     def any_rank(self, flag: bool) -> bool:
         return any(self.gather_from_ranks(flag))

@@ -53,11 +53,6 @@ class Contents:
     repos: Counter[str]
 
 
-def split_of(repo: str, heldout_fraction: float) -> str:
-    """The split of a repository, decided by its name alone: later corpora agree on it."""
-    return "heldout" if _repo_hash(repo) < heldout_fraction * 2**64 else "train"
-
-
 def plan_corpus(batches: Sequence[Path], heldout_fraction: float, similarity: float | None, scratch: Path) -> Plan:
     """Decides the fate of every staged file. A duplicate is one of an earlier file.
 

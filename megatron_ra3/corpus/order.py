@@ -44,10 +44,6 @@ class EpochOrder:
     def __len__(self) -> int:
         return int(self._first_sample[-1])
 
-    def sample_at(self, position: int) -> int:
-        """The sample at a position of the epoch."""
-        return int(self.samples(position, position + 1)[0])
-
     def samples(self, start: int, stop: int) -> np.ndarray:
         """The samples at positions `start` to `stop`, int64 [stop - start]."""
         parts = [np.zeros(0, dtype=np.int64)]

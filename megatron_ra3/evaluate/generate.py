@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from megatron_ra3.corpus.lines import split_lines
 from megatron_ra3.corpus.tokenizer import CodeTokenizer, load_tokenizer
 from megatron_ra3.evaluate.models import EvaluatedModel, context_tokens, end_ids
-from megatron_ra3.evaluate.prompts import Prompt, stopped
+from megatron_ra3.evaluate.prompts import Prompt, prompt_tokens, stopped
 from megatron_ra3.evaluate.rationales import SpecialIds, as_comments
 from megatron_ra3.evaluate.records import Key
 from megatron_ra3.evaluate.settings import EvalConfig, EvalEngineConfig, PromptConfig, SamplingConfig
@@ -90,17 +89,9 @@ class Codec:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; in the special form with `<act>` before each line of code."""
         if prompt.text not in self._encoded:
-            self._encoded[prompt.text] = self._start + self._encode(prompt)
+            act = None if self._special is None else [self._special.act]
+            self._encoded[prompt.text] = self._start + prompt_tokens(prompt, self.tokenizer.encode, act)
         return self._encoded[prompt.text]
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if self._special is None or not prompt.is_code:
-            return self.tokenizer.encode(prompt.text)
-        ids: list[int] = []
-        for line in split_lines(prompt.text):
-            if line.code:
-                ids += [self._special.act, *self.tokenizer.encode(line.trivia + line.code + "\n")]
-        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer."""

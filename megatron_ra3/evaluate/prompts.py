@@ -7,10 +7,11 @@ answer at its first rationale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ra3.corpus.lines import split_lines
 from megatron_ra3.evaluate.tasks import AssertTask, FunctionTask, PlusTask, ScriptTask, Task
 
 Style = Literal["auto", "completion", "docstring", "few_shot", "question"]
@@ -146,3 +147,14 @@ def _last_block(text: str) -> str | None:
         else:
             last, block = "\n".join(block), None
     return last if last is not None and last.strip() else None
+
+
+def prompt_tokens(prompt: Prompt, encode: Callable[[str], list[int]], act: Sequence[int] | None) -> list[int]:
+    """Token ids of a prompt; with the special form's `act` given, code has it before each line, as in mid-training."""
+    if act is None or not prompt.is_code:
+        return encode(prompt.text)
+    ids: list[int] = []
+    for line in split_lines(prompt.text):
+        if line.code:
+            ids += [*act, *encode(f"{line.trivia}{line.code}\n")]
+    return ids

@@ -101,6 +101,12 @@ class ParallelLayout:
                 dist.all_gather_object(gathered, value, group=self.control_group)
         return gathered
 
+    def raise_on_all(self, problem: Exception | None) -> None:
+        """Raise the first problem of any rank on all ranks, so that none waits for one that has left."""
+        for found in self.gather_from_ranks(problem):
+            if found is not None:
+                raise found
+
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is set on any rank; every rank must call."""
         total = torch.tensor(int(flag))

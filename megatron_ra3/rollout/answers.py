@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_ra3.corpus.lines import split_lines
 from megatron_ra3.evaluate.problems import Problem
-from megatron_ra3.evaluate.prompts import stopped
+from megatron_ra3.evaluate.prompts import prompt_tokens, stopped
 from megatron_ra3.latents import LatentFormat, Tokenizer
 from megatron_ra3.rollout.engine import Answer as EngineAnswer
 from megatron_ra3.rollout.engine import Engine, GenerateQuery, Generation, Query, StopRule
@@ -57,14 +56,8 @@ class Posed:
 
 def prompt_ids(problem: Problem, latent_format: LatentFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The prompt as token ids; in the special form with `<act>` before each line of code."""
-    text = problem.prompt.text
-    if latent_format.surface == "newline" or not problem.prompt.is_code:
-        return (*latent_format.start, *tokenizer.encode(text))
-    ids = list(latent_format.start)
-    for line in split_lines(text):
-        if line.code:
-            ids += [*latent_format.act_suffix, *tokenizer.encode(f"{line.trivia}{line.code}\n")]
-    return tuple(ids)
+    act = latent_format.act_suffix if latent_format.surface == "special" else None
+    return (*latent_format.start, *prompt_tokens(problem.prompt, tokenizer.encode, act))
 
 
 class AnswerSampler:

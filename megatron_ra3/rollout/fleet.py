@@ -217,9 +217,7 @@ class Servers:
                 self._replica = ReplicaEngines(self.config, model_folder, self._gate_ids, dp_rank=rank, dp_size=size)
             except (EngineError, ValueError, OSError) as error:
                 problem = error
-        for each in self.layout.gather_from_ranks(problem):
-            if each is not None:
-                raise each
+        self.layout.raise_on_all(problem)
 
     def _on_leader(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """The result of the replica's leader, or its error, on all ranks of the replica."""
