@@ -120,6 +120,7 @@ class Run(DurableRun[RunConfig]):
         """Return this E-step's rollouts per snippet, the same on every rank of the replica.
 
         EngineError when a latent was sampled with other weights than `estep.max_staleness_steps` allows.
+        StopRequestedError as `sync_engine`.
         """
         taken, sampled = self._open_ahead().use()
         self._use(taken)
@@ -130,7 +131,8 @@ class Run(DurableRun[RunConfig]):
     def sample(self, snippets: Sequence[Snippet], rollouts_per_snippet: int) -> list[list[Trajectory]]:
         """Per snippet its rollouts, the same on every rank of the replica.
 
-        EngineError when something was sampled with other weights than the current ones. StopRequestedError as above.
+        EngineError when something was sampled with other weights than the current ones.
+        StopRequestedError as `sync_engine`.
         """
         if not self.samples_latents:
             return [[self.format.render(item, observe=False)] * rollouts_per_snippet for item in snippets]
