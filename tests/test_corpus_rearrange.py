@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from megatron_ra3.cli import main
-from megatron_ra3.corpus.assemble import split_of
 from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.merge import merge_corpora
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.rearrange import split_corpus
 from megatron_ra3.corpus.shards import read_shard
 from megatron_ra3.corpus.verify import problems
+from tests.corpora import split_of
 
 
 def make_corpus(folder, numbers, **settings):
