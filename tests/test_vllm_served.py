@@ -313,9 +313,9 @@ def test_sent_weights_are_served_under_their_version_by_every_engine(served):
         expected = law(served.second, whole)[39:-1].gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
         assert generation.weight_version == 7
-        # Five norms; the biases of q, k and v are one tensor in vLLM, the linear weights are repacked on CPU.
-        assert sync.check(Weights(served.second)) == 2 * 5
-        with pytest.raises(EngineError, match=r"layernorm.weight differs from the trainer's"):
+        # Five norms, and of two layers o_proj and down_proj; vLLM joins q, k and v, gate and up, and pads the vocabulary.
+        assert sync.check(Weights(served.second)) == 2 * (5 + 2 * 2)
+        with pytest.raises(EngineError, match=r"o_proj.weight differs from the trainer's"):
             sync.check(Weights(served.first))
         sync.send(Weights(served.first), version=8)
     assert_scores(served.first, queries, engine.gate_logprobs(queries), 8)
@@ -424,7 +424,7 @@ def test_an_engine_that_dies_while_weights_are_sent_is_dropped_and_the_others_ge
     assert time.monotonic() - began < 100  # nobody waits for the dead
     assert list(sync.dropped) == [dying.url]
     assert sync.urls == served.urls
-    assert sync.check(Weights(served.first)) == 5
+    assert sync.check(Weights(served.first)) == 5 + 2 * 2
     # The client finds out by itself, and asks the other one.
     assert_scores(served.first, queries, engine.gate_logprobs(queries), 15)
     sync.close()

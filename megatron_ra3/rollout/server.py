@@ -26,6 +26,7 @@ from typing import Self
 
 from megatron_ra3.rollout import ports
 from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.rollout.vllm_plugin.plain_weights import PLAIN_LINEAR
 from megatron_ra3.stall import ACTIVITY
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
@@ -264,6 +265,7 @@ def _environment(config: ServerConfig) -> dict[str, str]:
     if _on_cpu():
         own["OMP_NUM_THREADS"] = str(config.cpu_threads)
         own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        own[PLAIN_LINEAR] = "1"
         own["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages: loading weights is a third faster for fewer page faults
         # Even in eager mode vLLM compiles its log-prob function, which takes a C++ compiler and seconds.
         own["TORCHDYNAMO_DISABLE"] = "1"

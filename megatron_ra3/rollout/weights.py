@@ -113,7 +113,7 @@ class WeightSync:
         """Compare sha256 digests of the source's tensors with the engines' own; returns how many were compared.
 
         Only tensors that vLLM keeps whole and under the same name can be compared: norms, and with one worker per
-        engine also the embedding and, where vLLM does not repack them (GPU), some projections. Errors as `send`.
+        engine also the embedding and the projections that it does not join with others. Errors as `send`.
         """
         compared = 0
 

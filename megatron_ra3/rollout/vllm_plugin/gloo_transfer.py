@@ -12,7 +12,7 @@ sender (rank 0) and every worker of every engine; one broadcast per tensor, as r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore, Work
 from vllm.distributed.weight_transfer import base
+
+from megatron_ra3.rollout.vllm_plugin.plain_weights import are_plain
 
 BACKEND = "gloo"
 MAX_IN_FLIGHT = 4
@@ -112,13 +114,21 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Load what was received; RuntimeError when nothing was."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
         if not self._received:
             raise RuntimeError("gloo weight transfer: nothing was received, the model is unchanged")
         names, self._received = self._received, []
+        weights = ((name, self._buffers[name].to(self.device)) for name in names)
+        if are_plain(self.model):
+            self.model.load_weights(weights)
+        else:
+            self._load_and_process(weights)
+
+    def _load_and_process(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load what vLLM has to quantise, pack or otherwise derive from the weights."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
         initialize_layerwise_reload(self.model)
-        self.model.load_weights((name, self._buffers[name].to(self.device)) for name in names)
+        self.model.load_weights(weights)
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_head(self.model)
 
