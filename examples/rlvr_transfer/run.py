@@ -48,10 +48,12 @@ SMALL = (
 COLUMNS = (
     Column("first", "pass rate at the start, %", 1, 100),
     Column("last", "at the end, %", 1, 100),
+    Column("last_minus", "minus base", 1, 100),
     Column("to_ntp", "steps to NTP's end", 1),
     Column("to_high", f"steps to {100 * HIGH:.0f} %", 1),
     Column("reached_high", f"seeds that reach {100 * HIGH:.0f} %, %", 0, 100),
     Column("mean", "mean over the run, %", 1, 100),
+    Column("mean_minus", "minus base", 1, 100),
     Column("answer_tokens", "answer at the end, tokens", 1),
 )
 
@@ -73,7 +75,11 @@ def one_seed(given: argparse.Namespace, seed: int) -> tuple[list[Record], list[R
         write_tasks(tasks, TaskConfig(), seed=seed, **size)
     evaluations = {start: rlvr(given, start, tasks, seed) for start in given.starts}
     target = asymptote(evaluations["ntp"]) if "ntp" in evaluations else None
-    records = [{"start": STARTS[start], "seed": seed, **figures(found, target)} for start, found in evaluations.items()]
+    found_of = {start: figures(found, target) for start, found in evaluations.items()}
+    records: list[Record] = [
+        {"start": STARTS[start], "seed": seed, **found, **minus(found, found_of.get("base"))}
+        for start, found in found_of.items()
+    ]
     steps = [record["rlvr_step"] for record in next(iter(evaluations.values()))]
     curves: list[Record] = [{"rlvr_step": step, "seed": seed} for step in steps]
     for start, found in evaluations.items():
@@ -161,6 +167,13 @@ def figures(evaluations: Sequence[Record], target: float | None) -> Record:
         reached = [record["rlvr_step"] for record in evaluations if level is not None and record["pass_rate"] >= level]
         found |= {name: reached[0]} if reached else {}
     return found
+
+
+def minus(found: Record, base: Record | None) -> Record:
+    """Differences to the run from `base` of the same seed; none for that run itself or where there is none."""
+    if base is None or found is base:
+        return {}
+    return {f"{name}_minus": found[name] - base[name] for name in ("last", "mean")}
 
 
 def publish(given: argparse.Namespace, records: Sequence[Record], curves: Sequence[Record]) -> None:
