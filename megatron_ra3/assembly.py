@@ -18,7 +18,7 @@ from megatron_ra3.kernels.tuning import tuning
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import RA3Model, build_model
-from megatron_ra3.model.geometry import check_config
+from megatron_ra3.model.geometry import Split, check_config
 from megatron_ra3.model.trainer import Trainer, build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,11 +56,7 @@ def assemble(config: TrainerConfig) -> Assembly:
     )
     _check_batch_sizes(config, layout)
     _check_engines(config, layout)
-    hf_config = _read_model_config(config)
-    tokenizer = _load_tokenizer(config)
-    if config.model.init == "random":
-        hf_config["vocab_size"] = tokenizer.vocab_size
-    _check_model(config, layout, hf_config, tokenizer.vocab_size)
+    hf_config, tokenizer = read_model(config, layout)
     initial_folder = _initial_folder(config, layout, hf_config, tokenizer)
     model = build_model(
         hf_config,
@@ -84,6 +80,19 @@ def assemble(config: TrainerConfig) -> Assembly:
         ),
         initial_folder=initial_folder,
     )
+
+
+def read_model(config: TrainerConfig, split: Split) -> tuple[dict[str, Any], CodeTokenizer]:
+    """The model's config and the tokenizer that is trained with it.
+
+    ValueError, OSError: one is missing or broken, or they clash with each other, the settings or the split.
+    """
+    hf_config = _read_model_config(config)
+    tokenizer = _load_tokenizer(config)
+    if config.model.init == "random":
+        hf_config["vocab_size"] = tokenizer.vocab_size
+    _check_model(config, split, hf_config, tokenizer.vocab_size)
+    return hf_config, tokenizer
 
 
 def precision_of(config: TrainerConfig, given: Precision | Literal["auto"]) -> Precision:
@@ -181,11 +190,9 @@ def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
         )
 
 
-def _check_model(
-    config: TrainerConfig, layout: parallel.ParallelLayout, hf_config: dict[str, Any], vocab_size: int
-) -> None:
+def _check_model(config: TrainerConfig, split: Split, hf_config: dict[str, Any], vocab_size: int) -> None:
     try:
-        check_config(hf_config, layout)
+        check_config(hf_config, split)
     except ValueError as error:
         raise ValueError(f"{Path(config.model.folder) / 'config.json'}: {error}") from error
     if hf_config["vocab_size"] < vocab_size:

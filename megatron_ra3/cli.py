@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval_arguments(evaluating)
     evaluating.set_defaults(run=run_eval)
 
-    report = commands.add_parser("report", help="compare finished runs in a table")
+    report = commands.add_parser("report", help="compare runs of mid-training, or of RLVR, in a table")
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
     report.set_defaults(run=_report)
@@ -192,13 +192,18 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from megatron_ra3.report.rlvr_summary import is_rlvr, rlvr_table, summarize_rlvr
     from megatron_ra3.report.summary import summarize, table
 
     pairs = [item.partition("=") for item in arguments.runs]
     if any(not folder for _, _, folder in pairs):
         raise ValueError(f"runs {arguments.runs}: write each as name=RUN_FOLDER")
-    summary = summarize({name: Path(folder) for name, _, folder in pairs})
-    print(table(summary))
+    runs = {name: Path(folder) for name, _, folder in pairs}
+    of_rlvr = [name for name, folder in runs.items() if is_rlvr(folder)]
+    if of_rlvr and len(of_rlvr) < len(runs):
+        raise ValueError(f"{', '.join(of_rlvr)}: RLVR and mid-training have no figure in common; report them apart")
+    summary = summarize_rlvr(runs) if of_rlvr else summarize(runs)
+    print(rlvr_table(summary) if of_rlvr else table(summary))
     if arguments.out:
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -238,6 +238,7 @@ class Run(DurableRun[RunConfig]):
                 lambda: self._sampler(settings.rollouts_per_snippet),
                 overlaps=settings.max_staleness_steps > 0 and not settings.lockstep,
                 timeout_s=self.config.parallel.timeout_s,
+                replica=self.layout.dp_rank,
             )
         return self._ahead
 

@@ -16,7 +16,7 @@ from megatron_ra3.latents import Kind, LatentFormat, Trajectory
 from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.report.consumed import Consumed
-from megatron_ra3.rollout.ahead import THREAD_NAME, Ahead, Taken
+from megatron_ra3.rollout.ahead import THREAD_NAME, Ahead, Taken, longest_wait_s
 from megatron_ra3.rollout.dispatch import UnansweredError
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats, SamplingStoppedError
@@ -67,6 +67,10 @@ def test_staleness_is_counted_over_decisions_and_its_bound_is_hard():
     with pytest.raises(EngineError, match=r"trainer is at 6 and"):  # of weights that are still to come
         staleness(groups, 6, max_staleness_steps=9)
     assert staleness([[]], 3, max_staleness_steps=0) == Staleness(0, 0, 0)
+
+
+def test_a_leader_gives_up_before_the_ranks_that_wait_for_it():
+    assert [longest_wait_s(limit) for limit in (4.0, 240.0, 1800.0)] == [3.0, 180.0, 1740.0]
 
 
 def test_an_answer_whose_weights_changed_on_the_way_is_asked_anew():
@@ -158,7 +162,7 @@ def test_a_wait_has_a_limit_and_closing_ends_the_thread():
     ahead = _ahead(SlowSampler(), timeout_s=0.05)
     ahead.begin(_taken(0), seed=0)
     ahead.begin(_taken(1), seed=1)
-    with pytest.raises(EngineError, match=r"not sampled within parallel\.timeout_s=0\.05"):
+    with pytest.raises(EngineError, match=r"replica 0 did not .* within 0\.0375 s; parallel\.timeout_s=0\.05 would"):
         ahead.use()
     ahead.close()
     assert not _threads()
@@ -325,14 +329,19 @@ class FleetOfALeader(FakeFleet):
     def __init__(self, layout: ParallelLayout, latent_format: LatentFormat) -> None:
         super().__init__(latent_format)
         self.layout = layout
+        self.told = ""
+
+    def close(self) -> None:
+        self.told = _told_of_silence(self.layout)
+        super().close()
 
     def lead(self, work: Callable[[], T]) -> T:
         result: T = self.layout.broadcast_in_replica(work() if self.layout.is_replica_leader else None)
         return result
 
 
-def _run_on_a_leaders_fleet(config: RunConfig) -> list[str]:
-    """Which threads of this rank have asked."""
+def _run_on_a_leaders_fleet(config: RunConfig) -> tuple[list[str], str]:
+    """Which threads of this rank have asked, and what it is told of an engine that never answers."""
     opened: list[FleetOfALeader] = []
 
     def open_engine(_config: Any, trainer: Any, latent_format: Any, _folder: Any, **_options: Any) -> FleetOfALeader:
@@ -341,14 +350,43 @@ def _run_on_a_leaders_fleet(config: RunConfig) -> list[str]:
 
     lifecycle.open_engine = open_engine  # type: ignore[assignment]  # this process runs nothing else
     midtrain(config)
-    return opened[0].asked_by
+    return opened[0].asked_by, opened[0].told
+
+
+def _told_of_silence(layout: ParallelLayout) -> str:
+    """The error on this rank where the leader's engine never answers."""
+
+    def lead(work: Callable[[], T]) -> T:
+        """As `Servers.lead`: an error of the leader reaches the rank that waits for it in a collective."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if layout.is_replica_leader:
+            try:
+                outcome = (work(), None)
+            except EngineError as error:
+                outcome = (None, error)
+        result, problem = layout.broadcast_in_replica(outcome)
+        if problem is not None:
+            raise problem
+        return result
+
+    ahead = Ahead(lead, SlowSampler, overlaps=True, timeout_s=2.0)  # type: ignore[arg-type]
+    ahead.begin(_taken(0), seed=0)
+    try:
+        ahead.use()
+    except EngineError as error:
+        return str(error)
+    finally:
+        ahead.close()
+    return "sampled"
 
 
 def test_the_ranks_of_a_replica_share_what_its_leader_samples_ahead(synchronous, small_corpus, tmp_path):
     config = _config(small_corpus, tmp_path, "estep.max_staleness_steps=1", "parallel.tensor=2")
-    leader, other = run_ranks(_run_on_a_leaders_fleet, 2, config, timeout_s=300)
+    (leader, leader_told), (other, other_told) = run_ranks(_run_on_a_leaders_fleet, 2, config, timeout_s=300)
     assert any(name.startswith(THREAD_NAME) for name in leader)
     assert other == []
+    assert "replica 0 did not sample the rollouts of a step within 1.5 s" in leader_told
+    assert other_told == leader_told
     for ours, theirs in zip(_metrics(config), _metrics(synchronous), strict=True):
         exact = ("phase", "samples_digest", "stream_position", "think_rate", "rationale_tokens")
         assert [ours.get(name) for name in exact] == [theirs.get(name) for name in exact]

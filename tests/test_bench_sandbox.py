@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from megatron_ra3.bench.sandbox import measure
+from megatron_ra3.bench.sandbox import cpu_ms_per_program, measure
 from megatron_ra3.cli import main
 from tests.support import open_jail
 
@@ -22,6 +22,18 @@ def test_the_last_line_holds_rates_of_all_ways(capsys, tmp_path):
     assert result["ratio"] == rates["jail"] / rates["bubblewrap_each"]
     assert [len(values) for values in result["rates"].values()] == [2, 2, 2]
     assert result["infrastructure_errors"] == 0
+    cpu_ms = result["cpu_ms_per_program"]
+    assert cpu_ms["all"] == pytest.approx(cpu_ms["outside"] + cpu_ms["server"] + cpu_ms["program"])
+    assert min(cpu_ms.values()) > 0
+
+
+def test_processor_time_of_programs_is_theirs():
+    with open_jail(1) as sandbox:
+        run, busy = sandbox.run_script, "import time\nwhile time.process_time() < 0.1: pass\n"
+        sandbox.run_script = lambda code: run(busy + code)
+        busy_ms = cpu_ms_per_program(sandbox, 4)
+    assert 100 < busy_ms["program"] < 200
+    assert busy_ms["outside"] + busy_ms["server"] < 50
 
 
 def test_no_turns_is_an_error():

@@ -3,15 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from megatron_ra3.evaluate.formats import FORMATS
 from megatron_ra3.evaluate.judge import Attempt, Judge, reward
 from megatron_ra3.evaluate.problems import hidden, load_problems
 from megatron_ra3.evaluate.sandbox import Verdict
+from megatron_ra3.evaluate.settings import DataConfig, FileConfig, SuiteName
+from megatron_ra3.evaluate.suites import load_file
 from megatron_ra3.evaluate.tasks import AssertTask, PlusTask
-from megatron_ra3.rlvr_config import JailConfig, TaskFileConfig
+from megatron_ra3.rlvr_config import JailConfig, TaskFileConfig, TaskFormat
 from tests.support import open_jail
 
 RECORD = {
@@ -69,6 +74,17 @@ def test_only_mbpp_has_splits(tmp_path):
     assert [problem.task.task_id for problem in found.problems] == ["Mbpp/601"]
     with pytest.raises(ValueError, match=r"split=train with format=completions: only MBPP has splits"):
         load_problems(dataclasses.replace(_file(tmp_path / "t.jsonl", RECORD), split="train"))
+
+
+def test_training_and_scoring_read_the_same_files(tmp_path):
+    assert {*FORMATS, "completions"} == set(get_args(TaskFormat))
+    for name in get_args(SuiteName):
+        with pytest.raises(ValueError, match=r"no benchmark file|path: must be set"):
+            load_file(name, DataConfig(folder=str(tmp_path)))
+        given = FileConfig(path=f"{name}.jsonl")
+        section = name.replace("+", "_plus").replace("-", "_")
+        with pytest.raises(ValueError, match=rf"no benchmark file {tmp_path}/{re.escape(name)}\.jsonl"):
+            load_file(name, DataConfig(folder=str(tmp_path), **{section: given}))
 
 
 def test_broken_files_of_completions_are_named(tmp_path):

@@ -12,17 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from megatron_ra3 import rlvr_run
 from megatron_ra3.chaos.world import MODEL
+from megatron_ra3.cli import main
 from megatron_ra3.evaluate.judge import Attempt
 from megatron_ra3.evaluate.sandbox import Verdict
 from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model import names
 from megatron_ra3.policy_step import PolicyStep
+from megatron_ra3.report.rlvr_summary import rlvr_table, summarize_rlvr
 from megatron_ra3.rlvr import rlvr
 from megatron_ra3.rlvr_config import JailConfig, RlvrRunConfig, load_rlvr_config
+from megatron_ra3.settings import to_dict
+from tests.support import open_jail
 
 TASKS = 5
 
@@ -143,6 +148,97 @@ def test_a_run_trains_evaluates_and_exports(whole):
     }
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["evaluate"]["pass_rate"] == metrics[-1]["pass_rate"]
+
+
+def test_a_report_shows_the_curve_and_the_held_out_pass_rate(whole, tmp_path, capsys):
+    assert main(["report", f"a={whole}", f"b={whole}", "--out", str(tmp_path / "report.json")]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert [block[:2] for block in blocks] == ["a:", "b:"]
+    found = json.loads((tmp_path / "report.json").read_text())["a"]
+    steps = [record for record in _metrics(whole) if record["phase"] == "rlvr"]
+    evaluations = [record for record in _metrics(whole) if record["phase"] == "evaluate"]
+    assert [(part["first"], part["last"]) for part in found["curve"]] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    for part, step in zip(found["curve"], steps, strict=True):
+        assert {name: part[name] for name in ("reward", "kl", "entropy", "truncated", "answer_tokens")} == {
+            name: step[name] for name in ("reward", "kl", "entropy", "truncated", "answer_tokens")
+        }
+        assert part["zero_advantage"] == step["zero_advantage_groups"] / 3
+    rates = [record["pass_rate"] for record in evaluations]
+    assert found["heldout"] == [[0, rates[0]], [2, rates[1]], [4, rates[2]]]
+    assert (found["steps"], found["answers"], found["skipped_steps"]) == (4, 48, 0)
+    assert found["infrastructure_errors"] == sum(step["infrastructure_errors"] for step in steps)
+    assert f"{rates[0]:.4f} after 0 steps -> {rates[2]:.4f} after 4" in blocks[0]
+    row = next(line for line in blocks[0].splitlines() if line.startswith("3-3")).split()
+    assert row[1:3] == [f"{steps[2]['reward']:.4f}", f"{steps[2]['pass_rate']:.4f}"]
+
+
+def test_a_report_takes_one_kind_of_run_and_averages_over_parts(tmp_path, capsys):
+    step = {"phase": "rlvr", "answers": 8, "infrastructure_errors": 1, "updates": 1, "groups": 2, "truncated": 0.5}
+    step |= {"entropy": 1.0, "mismatch": 1e-3, "answer_tokens": 9.0, "seconds": 1.0, "zero_advantage_groups": 1}
+    records = [{**step, "step": number, "reward": number, "pass_rate": 0.0} for number in range(1, 26)]
+    curve = tmp_path / "curve"
+    curve.mkdir()
+    (curve / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (figures,) = summarize_rlvr({"long": curve}).values()
+    assert [(part["first"], part["last"], part["reward"]) for part in figures["curve"]][:3] == [
+        (1, 2, 1.5),
+        (3, 5, 4.0),
+        (6, 7, 6.5),
+    ]
+    assert len(figures["curve"]) == 10
+    assert {part["zero_advantage"] for part in figures["curve"]} == {0.5}
+    assert {part["kl"] for part in figures["curve"]} == {None}
+    assert "never evaluated" in rlvr_table({"long": figures})
+    other = tmp_path / "midtrain"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"phase": "warmup", "loss": 1.0}\n')
+    assert main(["report", f"rl={curve}", f"mid={other}"]) == 2
+    assert "rl: RLVR and mid-training have no figure in common" in capsys.readouterr().err
+
+
+def _doctor(path: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[tuple[str, str], dict[str, str]]:
+    main(["doctor", str(path), *overrides, "--json"])
+    return {(item["topic"], item["name"]): item for item in json.loads(capsys.readouterr().out)}
+
+
+def test_a_doctor_looks_at_model_tasks_and_jail_and_a_plan_refuses(world, tmp_path, capsys):
+    open_jail(1).close()  # skips where there is none
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(_config(world, tmp_path / "run"))))
+    found = _doctor(path, capsys)
+    sound = {
+        ("model", "folder"): "qwen2, 400 embedded tokens, 256 positions",
+        ("model", "weights"): "tensors in 1 files",
+        ("tasks", "tasks"): f"{TASKS} tasks of {world / 'train.jsonl'} as completions",
+        ("tasks", "heldout prompts"): "0 of 3 over rlvr.max_prompt_tokens=32",
+        ("tasks", "leaks"): "0 held-out tasks are trained on, 0 were by the model before",
+        ("jail", "bubblewrap"): "ms per program",
+        ("engine", "kind"): "engine.kind=inprocess",
+    }
+    assert {key: text in found[key]["text"] for key, text in sound.items()} == dict.fromkeys(sound, True)
+    assert {found[key]["status"] for key in sound} == {"ok"}
+    broken = tmp_path / "model"
+    shutil.copytree(world / "model", broken)
+    (broken / "model.safetensors").unlink()
+    ill = (f"model.folder={broken}", f"heldout.file={world / 'train.jsonl'}", "jail.isolation=unsafe")
+    found = _doctor(path, capsys, *ill, "rlvr.max_prompt_tokens=1")
+    assert {key: item["status"] for key, item in found.items() if key[0] in ("model", "tasks", "jail")} == {
+        ("model", "folder"): "ok",
+        ("model", "tokenizer"): "ok",
+        ("model", "weights"): "failed",
+        ("tasks", "tasks"): "ok",
+        ("tasks", "heldout"): "ok",
+        ("tasks", "tasks prompts"): "failed",
+        ("tasks", "heldout prompts"): "failed",
+        ("tasks", "leaks"): "failed",
+        ("jail", "unsafe"): "warning",
+    }
+    found = _doctor(path, capsys, f"model.folder={tmp_path}", "tasks.file=nowhere.jsonl")
+    failed = {key: item["text"] for key, item in found.items() if item["status"] == "failed"}
+    assert set(failed) == {("model", "folder"), ("tasks", "tasks")}
+    assert "has no config.json" in failed["model", "folder"]
+    assert main(["plan", str(path)]) == 2
+    assert "a run of RLVR" in capsys.readouterr().err
 
 
 def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path):

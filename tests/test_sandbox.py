@@ -1,8 +1,12 @@
 """The jail from outside: what programs may rely on, what they may use, and what happens when the jail itself breaks."""
 
 import os
+import shutil
 import socket
 import struct
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +78,8 @@ def test_calls_carry_types_mutations_objects_and_errors(jail):
         "def value(node):\n    return node.v\n"
         "def numbers():\n    yield from (1, 2)\n"
         "def bad():\n    raise KeyError('k')\n"
+        "def rare():\n    from decimal import Decimal\n    from fractions import Fraction\n"
+        "    return Decimal('1.50'), Fraction(1, 3)\n"
     )
     with jail.worker() as worker, Session(worker, code, Limits()) as session:
         given = [0]
@@ -87,11 +93,12 @@ def test_calls_carry_types_mutations_objects_and_errors(jail):
         assert node.v == 7
         assert session.call("up", n=2, on=node) == 9
         assert list(session.call("numbers")) == [1, 2]
-        with pytest.raises(ProgramError, match="KeyError: 'k'") as caught:
+        with pytest.raises(ProgramError, match=r"KeyError: 'k' \(line 14\)") as caught:
             session.call("bad")
         assert caught.value.reason == "error"
         assert session.call("value", node) == 7  # an exception does not end a session
-        assert session.calls == 8
+        assert session.call("rare") == (Decimal("1.50"), Fraction(1, 3))
+        assert session.calls == 9
 
 
 def test_a_session_that_failed_keeps_failing(jail):
@@ -99,6 +106,15 @@ def test_a_session_that_failed_keeps_failing(jail):
         for _ in range(2):
             with pytest.raises(ProgramError, match="status 4"):
                 session.call("f", 4)
+
+
+def test_a_program_that_could_not_be_restricted_is_not_run_and_no_verdict():
+    with Sandbox(1, isolation="unsafe") as sandbox:
+        shutil.rmtree(Path(sandbox._folder, "0"))  # where programs are to run
+        with pytest.raises(JailError, match=r"could not be started: FileNotFoundError: .*No such file"):
+            sandbox.run_script("print(1)")
+        assert sandbox.run_script("print(1)").stdout == b"1\n"  # on a new worker
+        assert sandbox.infrastructure_errors == 1
 
 
 def test_a_dead_jail_is_replaced_and_counted(jail):
@@ -177,8 +193,6 @@ def test_two_pools_share_no_user(jail):
 
 def test_values_keep_their_types():
     import collections
-    import decimal
-    import fractions
 
     for value in (
         *(None, True, 0, -(2**80), 1.5, float("inf"), -0.0, 2j, "", "\ud800\n", b"\x00", bytearray(b"x"), int),
@@ -186,8 +200,8 @@ def test_values_keep_their_types():
         *(
             collections.Counter("aab"),
             collections.OrderedDict(b=1, a=2),
-            decimal.Decimal("1.50"),
-            fractions.Fraction(1, 3),
+            Decimal("1.50"),
+            Fraction(1, 3),
         ),
     ):
         back = values.decode(values.loads(values.dumps(values.encode(value, refuse))), refuse)

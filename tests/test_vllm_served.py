@@ -4,7 +4,10 @@ The servers are shared by the whole file and the last tests kill them, so the or
 """
 
 import itertools
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,14 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ra3.corpus.tokenizer import train_tokenizer
 from megatron_ra3.evaluate.generate import Request, VllmGenerator
 from megatron_ra3.evaluate.prompts import Prompt
 from megatron_ra3.evaluate.settings import EvalEngineConfig, SamplingConfig
+from megatron_ra3.lifecycle import StopRequestedError
+from megatron_ra3.rlvr import rlvr
+from megatron_ra3.rlvr_config import RlvrRunConfig, load_rlvr_config
+from megatron_ra3.rlvr_run import RlvrRun
 from megatron_ra3.rollout.engine import EngineError, EnginesLostError, GateQuery, GateScores, GenerateQuery, StopRule
 from megatron_ra3.rollout.server import ServerConfig, VllmServer, served_model_name
 from megatron_ra3.rollout.vllm_engine import NEVER_SYNCED, VllmEngine
 from megatron_ra3.rollout.weights import WeightSync
 from tests.distributed import run_ranks
+from tests.support import open_jail
 
 pytestmark = pytest.mark.vllm
 
@@ -385,6 +394,79 @@ def test_ranks_that_do_not_send_only_iterate(served):
     sync.close()
     engine = served.engine()
     assert engine.gate_logprobs([GateQuery((1, 2, 3), (2,))])[0].weight_version == 14
+    engine.close()
+
+
+HEAD = "def f():\n    return 0 and "
+STOPS = "\nABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def rlvr_config(served: Served, folder: Path, *overrides: str) -> RlvrRunConfig:
+    """Three steps on the first server; a task is solved by what makes an expression behind `0 and`."""
+    model, tasks = folder / "model", folder / "tasks.jsonl"
+    if not tasks.exists():
+        shutil.copytree(served.folder, model)
+        train_tokenizer(["token " * 9], 300, model)
+        task = {"stop": list(STOPS), "head": HEAD, "function": "f", "tests": [[[], 0]], "max_new_tokens": 2}
+        records = [{"task_id": f"t/{number}", "prompt": f"{number} and ", **task} for number in range(4)]
+        tasks.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = (
+        f"run_folder={folder / 'run'}",
+        f"model.folder={model}",
+        f"tasks.file={tasks}",
+        "rlvr.steps=3",
+        "rlvr.tasks_per_step=2",
+        "rlvr.samples_per_task=8",
+        "rlvr.max_prompt_tokens=32",
+        "rlvr.max_answer_tokens=2",
+        "rlvr.check_tokens=1",
+        "rlvr.learning_rate=1e-2",
+        "evaluate.every_steps=0",
+        "jail.workers=1",
+        "engine.kind=vllm",
+        f"engine.urls=[{served.urls[0]}]",
+    )
+    return load_rlvr_config(None, [*settings, *overrides])
+
+
+def is_right(answer: str) -> bool:
+    """What the jail should find, found here: the part after `and` is never evaluated."""
+    found: dict[str, object] = {}
+    try:
+        exec(HEAD + re.split(f"[{STOPS}]", answer)[0], found)
+        return found["f"]() == 0  # type: ignore[operator]
+    except (SyntaxError, ValueError):
+        return False
+
+
+def test_rlvr_learns_from_the_jail_with_the_weights_of_every_step_served(served, tmp_path, monkeypatch):
+    open_jail(1).close()  # skips where there is none
+    judged = []
+    judge = RlvrRun.judge
+    monkeypatch.setattr(RlvrRun, "judge", lambda run, sampled: judged.append(judge(run, sampled)) or judged[-1])
+    with pytest.raises(StopRequestedError, match="after step 2"):
+        rlvr(rlvr_config(served, tmp_path, "checkpoint.stop_after_steps=2"))
+    rlvr(rlvr_config(served, tmp_path))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [(step["step"], step["epoch"], step["position"], step["answers"]) for step in steps] == [
+        (1, 0, 2, 16),
+        (2, 0, 4, 16),
+        (3, 1, 2, 16),
+    ]
+    for version, (step, items) in enumerate(zip(steps, judged, strict=True)):
+        answers = [answer for item in items for answer in item.answers]
+        assert {found for answer in answers for found in answer.weight_versions} == {version}
+        right = [float(is_right(answer.text)) for answer in answers]
+        assert [reward for item in items for reward in item.rewards] == right
+        assert 0 < sum(right) < 16
+        assert step["pass_rate"] == pytest.approx(sum(right) / 16)
+        assert step["truncated"] == pytest.approx(sum(not answer.ended for answer in answers) / 16)
+        assert step["mismatch"] < 1e-5  # of 8e-7 as a rule
+        assert (step["updates"], step["grad_norm"] > 0) == (1, True)
+    assert 0 < sum(step["truncated"] for step in steps) < 3
+    engine = served.engine()
+    assert engine.gate_logprobs([GateQuery((1, 2, 3), (2,))])[0].weight_version == 2
     engine.close()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from megatron_ra3.config import RunConfig
+from megatron_ra3.config import TrainerConfig
 from megatron_ra3.doctor.findings import Finding
 from megatron_ra3.doctor.machine import run
 from megatron_ra3.rollout.server import served_model_name
@@ -21,7 +21,7 @@ IMPORT_TIMEOUT_S = 120.0
 URL_TIMEOUT_S = 10.0
 
 
-def engine(config: RunConfig | None) -> Iterator[Finding]:
+def engine(config: TrainerConfig | None) -> Iterator[Finding]:
     """VLLM here, its plugin, and the servers of `engine.urls`."""
     if config is not None and config.engine.kind == "inprocess":
         yield Finding("engine", "kind", "ok", "engine.kind=inprocess: no server is needed")

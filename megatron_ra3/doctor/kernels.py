@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from megatron_ra3.config import RunConfig
+from megatron_ra3.config import TrainerConfig
 from megatron_ra3.doctor.findings import Finding
 
 DEFAULT_WIDTH = 4096
-"""Hidden size that kernels are asked about without a configuration."""
+"""Hidden size that kernels are asked about without a configuration that names one."""
 
 
-def kernels(config: RunConfig | None = None) -> Iterator[Finding]:
+def kernels(config: TrainerConfig | None = None) -> Iterator[Finding]:
     """Which backend takes each precision of the output layer, and what it is for in the run."""
     import torch
 
@@ -45,6 +45,9 @@ def kernels(config: RunConfig | None = None) -> Iterator[Finding]:
         yield Finding("kernels", precision, "failed" if amiss else "ok", text, fix)
 
 
-def _hidden_size(config: RunConfig) -> int:
+def _hidden_size(config: TrainerConfig) -> int:
     path = Path(config.model.folder) / "config.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
+    except (OSError, ValueError, KeyError):  # told by `model`
+        return DEFAULT_WIDTH

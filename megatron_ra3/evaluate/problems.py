@@ -15,30 +15,19 @@ return what the tests say. So the prompt can hold what the program must not use.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ra3.evaluate import contests, tasks
+from megatron_ra3.evaluate.formats import read_tasks
 from megatron_ra3.evaluate.prompts import Prompt, Style, build_prompt
 from megatron_ra3.evaluate.splits import mbpp_split
-from megatron_ra3.evaluate.tasks import AssertTask, FunctionTask, IoTest, PlusTask, Task, TaskFile
+from megatron_ra3.evaluate.tasks import AssertTask, FunctionTask, IoTest, PlusTask, Task, TaskFile, read_records
 from megatron_ra3.rlvr_config import TaskFileConfig
 
 FUNCTION_TIME_S = 2.0
 """For each call of a function of the format `completions`."""
-_BENCHMARKS: dict[str, tuple[Callable[..., TaskFile[Any]], str]] = {
-    "humaneval": (tasks.load_humaneval, tasks.HUMANEVAL_SHA256),
-    "mbpp": (tasks.load_mbpp, tasks.MBPP_SHA256),
-    "sanitized_mbpp": (tasks.load_sanitized_mbpp, tasks.SANITIZED_MBPP_SHA256),
-    "humaneval_plus": (tasks.load_humaneval_plus, tasks.HUMANEVAL_PLUS_SHA256),
-    "mbpp_plus": (tasks.load_mbpp_plus, tasks.MBPP_PLUS_SHA256),
-}
-_CONTESTS: dict[str, Callable[..., TaskFile[Any]]] = {
-    "livecodebench": contests.load_livecodebench,
-    "codeforces": contests.load_codeforces,
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,9 @@ def load_problems(config: TaskFileConfig) -> Problems:
     if config.format == "completions":
         found = _load_completions(path, config)
     else:
-        found = _from_file(_in_split(_load(path, config), config), config.style)
+        options = {"name": path.stem} if config.format == "input_output" else {}
+        file = read_tasks(path, config.format, config.sha256, **options)
+        found = _from_file(_in_split(file, config), config.style)
     if not found.problems:
         raise ValueError(f"{path}: no task can be posed; of the first: {next(iter(found.skipped.values()), 'no task')}")
     return found
@@ -98,15 +89,6 @@ def hidden(task: Task, style: Style) -> Task | None:
     return task if task.tests else None
 
 
-def _load(path: Path, config: TaskFileConfig) -> TaskFile[Any]:
-    if config.format in _BENCHMARKS:
-        load, known = _BENCHMARKS[config.format]
-        return load(path, config.sha256 or known)
-    if config.format in _CONTESTS:
-        return _CONTESTS[config.format](path, config.sha256 or None)
-    return contests.load_input_output(path, config.sha256 or None, name=path.stem)
-
-
 def _from_file(file: TaskFile[Any], style: Style) -> Problems:
     problems: list[Problem] = []
     skipped = dict(file.skipped)
@@ -121,7 +103,7 @@ def _from_file(file: TaskFile[Any], style: Style) -> Problems:
 
 def _load_completions(path: Path, config: TaskFileConfig) -> Problems:
     _check_split(config)
-    records, found = tasks.read_records(path, config.sha256 or None)
+    records, found = read_records(path, config.sha256 or None)
     problems = []
     keys: Sequence[str] = ("task_id", "prompt", "stop", "head", "function", "tests", "max_new_tokens")
     for index, record in enumerate(records):

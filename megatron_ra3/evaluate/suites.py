@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_ra3.evaluate import contests, tasks
+from megatron_ra3.evaluate.formats import FORMATS, read_tasks
 from megatron_ra3.evaluate.prompts import Prompt, build_prompt
 from megatron_ra3.evaluate.settings import DataConfig, EvalConfig, FileConfig, SuiteName
 from megatron_ra3.evaluate.splits import Split, mbpp_split, refuse_leaks
@@ -22,6 +22,12 @@ from megatron_ra3.evaluate.tasks import AssertTask, Task, TaskFile
 SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")
 """The examples of Austin et al. 2021 and of everybody since; they belong to MBPP's prompt split."""
 UNTRAINED = "not trained on"
+_SECTIONS: dict[SuiteName, str] = {
+    "sanitized-mbpp": "sanitized_mbpp",
+    "humaneval+": "humaneval_plus",
+    "mbpp+": "mbpp_plus",
+}
+"""Sections of `data` that are not named as their suite is; the format has the section's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,41 +79,18 @@ def load_suites(config: EvalConfig) -> dict[str, Suite]:
 
 def load_file(name: SuiteName, data: DataConfig) -> TaskFile[Any]:
     """The file of one suite; ValueError where no path is set."""
-    match name:
-        case "humaneval":
-            return tasks.load_humaneval(*_known(data, data.humaneval, "HumanEval.jsonl.gz", tasks.HUMANEVAL_SHA256))
-        case "mbpp":
-            return tasks.load_mbpp(*_known(data, data.mbpp, "mbpp.jsonl", tasks.MBPP_SHA256))
-        case "sanitized-mbpp":
-            return tasks.load_sanitized_mbpp(
-                *_known(data, data.sanitized_mbpp, "sanitized-mbpp.json", tasks.SANITIZED_MBPP_SHA256)
-            )
-        case "humaneval+":
-            return tasks.load_humaneval_plus(
-                *_known(data, data.humaneval_plus, "HumanEvalPlus.jsonl.gz", tasks.HUMANEVAL_PLUS_SHA256)
-            )
-        case "mbpp+":
-            return tasks.load_mbpp_plus(*_known(data, data.mbpp_plus, "MbppPlus.jsonl.gz", tasks.MBPP_PLUS_SHA256))
-        case "livecodebench":
-            return contests.load_livecodebench(
-                *_contest(data, data.livecodebench, name), first_date=data.first_date, last_date=data.last_date
-            )
-        case "codeforces":
-            return contests.load_codeforces(
-                *_contest(data, data.codeforces, name), python_time_factor=data.python_time_factor
-            )
-        case "apps":
-            return contests.load_input_output(*_contest(data, data.apps, name), name="APPS")
-
-
-def _known(data: DataConfig, file: FileConfig, usual_name: str, usual_sha256: str) -> tuple[Path, str]:
-    return Path(data.folder) / (file.path or usual_name), file.sha256 or usual_sha256
-
-
-def _contest(data: DataConfig, file: FileConfig, name: str) -> tuple[Path, str | None]:
-    if not file.path:
-        raise ValueError(f"data.{name}.path: must be set; this set has no usual file name")
-    return Path(data.folder) / file.path, file.sha256 or None
+    section = _SECTIONS.get(name, name)
+    file: FileConfig = getattr(data, section)
+    file_format = "input_output" if name == "apps" else section
+    path = file.path or FORMATS[file_format].usual_name
+    if not path:
+        raise ValueError(f"data.{section}.path: must be set; this set has no usual file name")
+    options: dict[SuiteName, dict[str, Any]] = {
+        "livecodebench": {"first_date": data.first_date, "last_date": data.last_date},
+        "codeforces": {"python_time_factor": data.python_time_factor},
+        "apps": {"name": "APPS"},
+    }
+    return read_tasks(Path(data.folder) / path, file_format, file.sha256, **options.get(name, {}))
 
 
 def _choose(name: SuiteName, file: TaskFile[Any], config: EvalConfig) -> tuple[list[Task], dict[str, str]]:

@@ -8,7 +8,10 @@ and every stream has a limit. What goes wrong on our side is a `JailError`, and 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import json
+import marshal
 import os
 import select
 import socket
@@ -141,7 +144,6 @@ class Worker:
     def __init__(
         self, name: str, *, isolated: bool, uid: int | None, packages: Sequence[Path], limits: Limits, folder: str
     ) -> None:
-        self._packages = [str(path) for path in packages]
         self._largest = limits
         self.cgroup = _cgroup(name, limits) if isolated else None
         python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
@@ -152,7 +154,13 @@ class Worker:
             command = []
             root = _linked_jail(folder)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {"namespaces": isolated, "uid": uid, "folder": folder, "control": theirs.fileno()}
+        settings = {
+            "namespaces": isolated,
+            "uid": uid,
+            "folder": folder,
+            "packages": [str(path) for path in packages],
+            "control": theirs.fileno(),
+        }
         command += [python, "-s", "-P", "-S", "-B", "-c", _BOOT.format(root=root), json.dumps(settings)]
         if self.cgroup:
             command = self.cgroup.command(command)
@@ -202,17 +210,9 @@ class Worker:
                 raise ValueError(
                     f"{name}={getattr(limits, name)}: this worker's jail has {getattr(self._largest, name)}"
                 )
-        request = {
-            "mode": mode,
-            "cpu_s": limits.time_s,
-            "wall_s": limits.time_s * _SLACK + _GRACE_S * (4 if mode == "calls" else 1),
-            **{name: getattr(limits, name) for name in ("memory_bytes", "files_bytes", "files", "stack_bytes")},
-            **{name: getattr(limits, name) for name in ("max_tasks", "processes")},
-        }
-        text = json.dumps({**job, "packages": self._packages}).encode()
-        sealed = sealed_file(text)
+        sealed = sealed_file(marshal.dumps(job))
         try:
-            socket.send_fds(self._control, [json.dumps(request).encode()], [*descriptors, sealed])
+            socket.send_fds(self._control, [_request(mode, limits)], [*descriptors, sealed])
         except OSError as error:
             raise JailError(f"the server of the jail is gone: {error}") from None
         finally:
@@ -245,6 +245,19 @@ class Worker:
             raise JailError(f"the server of the jail is gone: {error}") from None
 
 
+@functools.lru_cache
+def _request(mode: str, limits: Limits) -> bytes:
+    """What the server of a jail is told of a program; equal bytes for equal limits, which it recognises."""
+    request = {
+        "mode": mode,
+        "cpu_s": limits.time_s,
+        "wall_s": limits.time_s * _SLACK + _GRACE_S * (4 if mode == "calls" else 1),
+        **{name: getattr(limits, name) for name in ("memory_bytes", "files_bytes", "files", "stack_bytes")},
+        **{name: getattr(limits, name) for name in ("max_tasks", "processes")},
+    }
+    return json.dumps(request).encode()
+
+
 def _cgroup(name: str, limits: Limits) -> Cgroup | None:
     """Room for one program at its limits, its files, and the server."""
     memory_bytes = limits.memory_bytes + limits.files_bytes + 128 * MIB
@@ -262,12 +275,10 @@ def _linked_jail(folder: str) -> str:
 
 def sealed_file(content: bytes) -> int:
     """A descriptor of an anonymous file with `content` that nobody can change any more, placed at its start."""
-    import fcntl
-
     descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with os.fdopen(os.dup(descriptor), "wb") as writing:
-        writing.write(content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, memoryview(content)[written:], written)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
     return descriptor
 

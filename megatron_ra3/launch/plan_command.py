@@ -14,6 +14,7 @@ from megatron_ra3.launch.models import MODELS
 from megatron_ra3.launch.plan import Question, make_plan, to_json
 from megatron_ra3.launch.plan_report import report
 from megatron_ra3.launch.workload import Assumptions
+from megatron_ra3.rlvr_config import RlvrRunConfig, load_any_config
 
 WITHOUT_CONFIG = (
     "run_folder=run",
@@ -73,7 +74,14 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     if path is not None and "=" in path and not Path(path).is_file():
         path, overrides = None, [path, *overrides]
     if path is not None:
-        return load_config(path, overrides)
+        config = load_any_config(path, overrides)
+        if isinstance(config, RlvrRunConfig):
+            raise ValueError(
+                f"{path}: a run of RLVR, of which the time depends on how long answers are and how long programs run; "
+                "to see whether the model fits, plan mid-training with the same model, parallel and engine settings: "
+                "ra3 plan --model NAME key=value ..."
+            )
+        return config
     if arguments.model is None:
         raise ValueError("give a CONFIG, or a published shape with --model")
     return load_config(None, [*WITHOUT_CONFIG, *overrides])

@@ -52,8 +52,7 @@ def import_hf(model: RA3Model, folder: str | Path) -> None:
     ValueError: a tensor is missing, not part of the model, or of another shape; OSError: the folder has no weights.
     """
     layout, geometry = model.layout, Geometry.of(model.hf_config)
-    files = _tensor_files(Path(folder))
-    _check_tensors(Path(folder), files, model.hf_config)
+    files = check_hf(Path(folder), model.hf_config)
     parameters = dict(model.module.named_parameters())
     filled = set()
     for slot in _local_slots(model, geometry):
@@ -65,6 +64,28 @@ def import_hf(model: RA3Model, folder: str | Path) -> None:
         filled.add(name)
         ACTIVITY.moved()
     assert filled == set(parameters), f"parameters without a Hugging Face name: {sorted(set(parameters) - filled)}"
+
+
+def check_hf(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Path]:
+    """The file of every tensor in a folder of weights, whose names and shapes must be those of the config.
+
+    ValueError: a tensor is missing, unknown or of another shape, or a file is damaged; OSError: there are none.
+    """
+    files = _tensor_files(folder)
+    expected = dict(metadata(hf_config))
+    ignored = {"lm_head.weight"} if hf_config.get("tie_word_embeddings") else set()
+    missing = sorted(set(expected) - set(files))
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of the model in its config, first {missing[0]!r}")
+    unexpected = sorted(set(files) - set(expected) - ignored)
+    if unexpected:
+        raise ValueError(f"{folder} holds {len(unexpected)} tensors unknown to its config, first {unexpected[0]!r}")
+    for name, shape in expected.items():
+        with _opened(files[name]) as handle:
+            found = tuple(handle.get_slice(name).get_shape())
+        if found != shape:
+            raise ValueError(f"{folder}: {name} has shape {found}, its config asks for {shape}")
+    return files
 
 
 def export_hf(model: RA3Model) -> Iterator[tuple[str, Tensor]]:
@@ -181,22 +202,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} has neither {_INDEX} nor model.safetensors: is it a Hugging Face model?")
     with _opened(single) as handle:
         return dict.fromkeys(handle.keys(), single)
-
-
-def _check_tensors(folder: Path, files: Mapping[str, Path], hf_config: Mapping[str, Any]) -> None:
-    expected = dict(metadata(hf_config))
-    ignored = {"lm_head.weight"} if hf_config.get("tie_word_embeddings") else set()
-    missing = sorted(set(expected) - set(files))
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of the model in its config, first {missing[0]!r}")
-    unexpected = sorted(set(files) - set(expected) - ignored)
-    if unexpected:
-        raise ValueError(f"{folder} holds {len(unexpected)} tensors unknown to its config, first {unexpected[0]!r}")
-    for name, shape in expected.items():
-        with _opened(files[name]) as handle:
-            found = tuple(handle.get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(f"{folder}: {name} has shape {found}, its config asks for {shape}")
 
 
 def _read(file: Path, name: str) -> Tensor:

@@ -23,6 +23,8 @@ from megatron_ra3.stall import ACTIVITY
 
 T = TypeVar("T")
 THREAD_NAME = "sampling-ahead"
+MARGIN, LONGEST_MARGIN_S = 0.25, 60.0
+"""How much earlier than collectives, as a share of their limit, a leader gives up: other ranks began to wait before."""
 
 
 class Lead(Protocol):
@@ -53,6 +55,11 @@ class Sampled:
     waited_s: float
 
 
+def longest_wait_s(collective_timeout_s: float) -> float:
+    """How long one rank may wait for something else before the ranks that wait for it are ended by their own limit."""
+    return collective_timeout_s - min(MARGIN * collective_timeout_s, LONGEST_MARGIN_S)
+
+
 @dataclass(slots=True)
 class _Step:
     """How a step is sampled, what comes of it, and whether that was an error."""
@@ -69,13 +76,17 @@ class Ahead:
         lead: of the engine.
         sampler: gives the sampler; called where the engine is.
         overlaps: sample in a thread; else `begin` itself does.
-        timeout_s: how long `use` waits.
+        timeout_s: of collectives (`parallel.timeout_s`); `use` waits for `longest_wait_s` of it.
+        replica: this one, for errors.
     """
 
-    def __init__(self, lead: Lead, sampler: Callable[[], Sampler], *, overlaps: bool, timeout_s: float) -> None:
+    def __init__(
+        self, lead: Lead, sampler: Callable[[], Sampler], *, overlaps: bool, timeout_s: float, replica: int = 0
+    ) -> None:
         self._lead = lead
         self._sampler = sampler
         self._timeout_s = timeout_s
+        self._replica = replica
         self._pool = ThreadPoolExecutor(1, THREAD_NAME) if overlaps else None
         self._last: Sampler | None = None
         self._taken: deque[Taken] = deque()
@@ -97,7 +108,10 @@ class Ahead:
         self._taken.append(taken)
 
     def use(self) -> tuple[Taken, Sampled]:
-        """The oldest step begun, once it is sampled; errors as `Sampler.sample`, and EngineError after `timeout_s`."""
+        """The oldest step begun, once it is sampled; errors as `Sampler.sample`.
+
+        EngineError: it is not sampled in time; said early enough to reach the ranks that wait for this one.
+        """
         sampled = self._lead(self._await)
         return self._taken.popleft(), sampled
 
@@ -132,9 +146,14 @@ class Ahead:
             step.rollouts = self._run(step.sample)
         ACTIVITY.moved("waiting for rollouts sampled ahead")
         started = time.monotonic()
-        wait([step.rollouts], self._timeout_s)
+        limit_s = longest_wait_s(self._timeout_s)
+        wait([step.rollouts], limit_s)
         if not step.rollouts.done():
-            raise EngineError(f"the rollouts of a step were not sampled within parallel.timeout_s={self._timeout_s:g}")
+            raise EngineError(
+                f"the engines of replica {self._replica} did not sample the rollouts of a step within {limit_s:g} s; "
+                f"parallel.timeout_s={self._timeout_s:g} would soon end the ranks that wait for it: raise that, or "
+                "give the replica more engines or fewer rollouts per step"
+            )
         step.has_failed = True
         sampled = step.rollouts.result()
         self._steps.popleft()

@@ -115,7 +115,7 @@ def test_memory_of_many_processes_is_bounded_together(jail):
         "import os, time\nfor i in range(8):\n  if os.fork() == 0:\n    x = b'x' * (100 << 20)\n    time.sleep(99)\n"
         "for i in range(2): os.wait()\nprint('two ended')"
     )
-    small = Limits(time_s=5.0, processes=True, memory_bytes=256 * MIB, files_bytes=8 * MIB)
+    small = Limits(time_s=20.0, processes=True, memory_bytes=256 * MIB, files_bytes=8 * MIB)
     with open_jail(1, largest=small) as sandbox:  # 800 MiB asked for, 392 MiB for everything
         finished = sandbox.run_script(code, limits=small)
         assert finished.code in {0, -9}

@@ -8,8 +8,8 @@ newer than the list below. Without `processes`, starting a process or another pr
 import ctypes
 import errno
 import os
-import platform
 import struct
+from collections.abc import Callable
 
 CLONE_NEWPID = 0x20000000
 CLONE_NEW_ANY = 0x7E020080
@@ -20,45 +20,69 @@ MNT_DETACH = 2
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.unshare.argtypes = (ctypes.c_int,)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+_holding_gil = ctypes.PyDLL(None, use_errno=True)
+_CAPABILITY_VERSION_3 = struct.pack("Ii", 0x20080522, 0)
+
+Step = tuple[str, Callable[..., object], tuple[object, ...]]
+"""A call that is still to be made: its name for errors, the function, its arguments. It returns 0 or None, or fails."""
 
 
-def _check(result: int, what: str) -> None:
-    if result != 0:
+def take(step: Step) -> None:
+    """Make the call; OSError naming it."""
+    what, function, arguments = step
+    if function(*arguments):
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def unshare(flags: int) -> None:
-    """Leave namespaces for new ones (unshare)."""
-    _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+def fork() -> int:
+    """Fork as the C library does, without what Python adds for processes with threads.
+
+    That part of `os.fork` (locks, thread tables, seeds) writes to some 180 pages in the child, each of which is then
+    copied: half the cost of a fork. This process must have one thread, and its child must end by `os._exit`.
+    """
+    pid = int(_holding_gil.fork())
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"fork: {os.strerror(number)}")
+    return pid
 
 
-def setns(descriptor: int, kind: int) -> None:
-    """Enter a namespace (setns)."""
-    _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+def unshare(flags: int) -> Step:
+    """Leave namespaces for new ones."""
+    return "unshare", _libc.unshare, (flags,)
 
 
-def mount(kind: str, target: str, flags: int, options: str) -> None:
+def setns(descriptor: int, kind: int) -> Step:
+    """Enter a namespace."""
+    return "setns", _libc.setns, (descriptor, kind)
+
+
+def mount(kind: str, target: str, flags: int, options: str) -> Step:
     """Mount a fresh file system of `kind` on `target`."""
-    result = _libc.mount(kind.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
-    _check(result, f"mount of {kind} on {target}")
+    arguments = (kind.encode(), target.encode(), kind.encode(), flags, options.encode())
+    return f"mount of {kind} on {target}", _libc.mount, arguments
 
 
-def detach(target: str) -> None:
+def detach(target: str) -> Step:
     """Unmount `target` for everybody who does not use it right now."""
-    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount of {target}")
+    return f"umount of {target}", _libc.umount2, (target.encode(), MNT_DETACH)
 
 
-def prctl(option: int, first: int, second: object = 0) -> None:
-    """Set a property of this process (prctl)."""
-    argument = second if isinstance(second, ctypes.c_void_p) else ctypes.c_ulong(0)
-    _check(_libc.prctl(option, ctypes.c_ulong(first), argument, 0, 0), f"prctl {option}")
+def prctl(option: int, first: int, second: int = 0) -> Step:
+    """Set a property of this process."""
+    return f"prctl {option}", _libc.prctl, (option, first, second, 0, 0)
 
 
-def drop_capabilities() -> None:
+def drop_capabilities() -> Step:
     """Give up every capability of this thread, for good once no_new_privs is set."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    _check(_libc.capset(header, bytes(24)), "capset")
+    return "capset", _libc.capset, (_CAPABILITY_VERSION_3, bytes(24))
 
 
 _X86_64 = {
@@ -101,37 +125,52 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
+_EPERM, _ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
+
+Instruction = tuple[int, int, int, int]
+
+
 def seccomp_program(*, processes: bool, machine: str | None = None) -> bytes:
-    """The BPF program for this machine; ValueError if its system calls are not listed here."""
-    machine = machine or platform.machine()
+    """The BPF program for this machine; ValueError if its system calls are not listed here.
+
+    A search tree over ranges of numbers: the kernel tries every number when a filter is installed.
+    """
+    machine = machine or os.uname().machine
     if machine not in _MACHINES:
         raise ValueError(f"no seccomp filter for machine {machine!r}: known are {sorted(_MACHINES)}")
     architecture, denied, clone, starters = _MACHINES[machine]
-    code: list[tuple[int, int, int, int]] = [
-        (_LOAD, 0, 0, 4),
-        (_EQUAL, 1, 0, architecture),
-        (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, 0),
-        (_AT_LEAST, 0, 2 * len(_RECENT) + 1, _FIRST_RECENT),
-    ]
-    for number in _RECENT:
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-    code.append((_RETURN, 0, 0, _ERRNO | errno.ENOSYS))
-    forbidden = [number for group in denied.values() for number in group]
-    for number in forbidden + ([] if processes else list(starters)):
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    code += [(_EQUAL, 1, 0, clone), (_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, 16)]
-    code += [(_ANY_BIT, 0, 1, CLONE_NEW_ANY), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    if not processes:
-        code += [(_ANY_BIT, 1, 0, CLONE_THREAD), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    code.append((_RETURN, 0, 0, _ALLOW))
+    allow: list[Instruction] = [(_RETURN, 0, 0, _ALLOW)]
+    refuse: list[Instruction] = [(_RETURN, 0, 0, _EPERM)]
+    refused = {number for group in denied.values() for number in group} | (set() if processes else set(starters))
+    threads_only: list[Instruction] = [] if processes else [(_ANY_BIT, 1, 0, CLONE_THREAD), *refuse]
+    meaning = dict.fromkeys(range(_FIRST_RECENT), allow) | dict.fromkeys(refused, refuse)
+    meaning[clone] = [(_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, CLONE_NEW_ANY), *refuse, *threads_only, *allow]
+    unknown: list[Instruction] = [(_RETURN, 0, 0, _ENOSYS)]
+    meaning |= dict.fromkeys(range(_FIRST_RECENT, max(_RECENT) + 2), unknown)
+    meaning |= dict.fromkeys(_RECENT, allow)
+    starts = [number for number in meaning if meaning[number] is not meaning.get(number - 1)]
+    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    code += _search([(start, meaning[start]) for start in sorted(starts)])
     return b"".join(struct.pack("HBBI", *line) for line in code)
 
 
-def install_seccomp(program: bytes) -> None:
-    """Apply a program to this thread and everything it starts; sets no_new_privs first."""
+def _search(ranges: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
+    """Code that finds the last of `ranges` (each from its number on) at or below the loaded number, and runs its."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below, above = _search(ranges[:middle]), _search(ranges[middle:])
+    return [(_AT_LEAST, len(below), 0, ranges[middle][0]), *below, *above]
+
+
+def seccomp(program: bytes) -> list[Step]:
+    """Apply a program to this thread and everything it starts; no_new_privs comes first."""
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     pointer = ctypes.create_string_buffer(header, len(header))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_SECCOMP, 2, ctypes.c_void_p(ctypes.addressof(pointer)))
+    _buffers.extend((buffer, pointer))
+    return [prctl(PR_SET_NO_NEW_PRIVS, 1), prctl(PR_SET_SECCOMP, 2, ctypes.addressof(pointer))]
+
+
+_buffers: list[object] = []
+"""What the kernel is going to read."""

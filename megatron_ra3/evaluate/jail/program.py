@@ -9,13 +9,12 @@ import gc
 import importlib
 import io
 import json
+import marshal
 import os
 import random
 import resource
 import struct
 import sys
-import threading
-import traceback
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,71 +22,101 @@ from typing import Any, NoReturn
 from . import kernel, values
 
 WARM = (
-    *("array", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal", "enum"),
-    *("fractions", "functools", "heapq", "io", "itertools", "json", "math", "operator", "queue", "random", "re"),
-    *("statistics", "string", "textwrap", "typing"),
+    *("bisect", "collections", "copy", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re"),
+    *("string", "typing"),
 )
+"""What programs import most. A module that few need is imported sooner than carried along in every fork."""
 _TEXT_LIMIT = 2000
-PROC_MOUNTED = "proc "
-"""Reported once the server has a mount to undo."""
+_FIXED_LIMITS = {
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_MEMLOCK: 0,
+    resource.RLIMIT_MSGQUEUE: 0,
+}
+_STREAMS: dict[str, Any] = {}
+_REPLACED: list[Any] = []
+"""The server's own streams: to take them down in every fork would cost more than to keep them."""
 
 
-def warm_up() -> None:
-    """Import what programs usually import, and what plain Python offers without being asked (`exit`, `quit`)."""
+def prepare(packages: list[str]) -> None:
+    """In the server, once: all that can be done before a fork, since what is done after it is done for every program.
+
+    Imports what programs usually import, and what plain Python offers without being asked (`exit`, `quit`).
+    """
     import site
 
     site.setquit()
     for name in WARM:
         importlib.import_module(name)
+    for kind, limit in _FIXED_LIMITS.items():
+        resource.setrlimit(kind, _bounds(kind, limit))
+    sys.path[:] = [*packages, *(entry for entry in sys.path if not entry.startswith("/ra3"))]
+    sys.argv[:] = ["main.py"]
+    sys.set_int_max_str_digits(0)
+    random.seed(0)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    _make_streams()
 
 
-def restrict(settings: dict[str, Any], request: dict[str, Any], reporter: int) -> None:
-    """Enter a fresh /proc, and say so; set the limits; drop the user, all capabilities and most system calls."""
-    os.setsid()
-    if settings["namespaces"]:
-        flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-        kernel.mount("proc", "/proc", flags, "subset=pid")
-        os.write(reporter, PROC_MOUNTED.encode())
-    victim = os.open("/proc/self/oom_score_adj", os.O_WRONLY)  # if memory runs out, end this process, not the server
+def _make_streams() -> None:
+    """Streams over descriptors 0, 1 and 2 as programs will have them: a file and two pipes, which is remembered."""
+    _REPLACED.extend((sys.stdin, sys.stdout, sys.stderr))
+    kept = [os.dup(number) for number in range(3)]
+    reading, writing = os.pipe()
+    file = os.memfd_create("stdin", 0)
+    for number, stand_in in enumerate((file, writing, writing)):
+        os.dup2(stand_in, number)
+    for name, descriptor, how in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        stream = io.open(descriptor, how, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115, UP020
+        _STREAMS[name] = _STREAMS[f"__{name}__"] = stream
+    for number, before in enumerate(kept):
+        os.dup2(before, number)
+    for number in (*kept, reading, writing, file):
+        os.close(number)
+
+
+def restrictions(settings: dict[str, Any], request: dict[str, Any], seccomp: list[kernel.Step]) -> list[kernel.Step]:
+    """What a fork does first: enter a fresh /proc, set limits, drop user, capabilities and most system calls."""
+    isolated, uid = settings["namespaces"], settings["uid"]
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    limits = {
+        resource.RLIMIT_CPU: int(request["cpu_s"]) + 1,
+        resource.RLIMIT_AS: request["memory_bytes"],
+        resource.RLIMIT_STACK: request["stack_bytes"],
+        resource.RLIMIT_FSIZE: request["files_bytes"],
+        resource.RLIMIT_NPROC: request["max_tasks"],
+    }
+    steps: list[kernel.Step] = [("setsid", os.setsid, ())]
+    if isolated:
+        steps.append(kernel.mount("proc", "/proc", flags, "subset=pid"))
+    steps += [("oom_score_adj", _volunteer, ()), ("chdir", os.chdir, (settings["folder"],))]
+    steps += [("setrlimit", resource.setrlimit, (kind, _bounds(kind, limit))) for kind, limit in limits.items()]
+    if uid is not None:
+        steps += [("setgroups", os.setgroups, ([],)), ("setresgid", os.setresgid, (uid, uid, uid))]
+        steps.append(("setresuid", os.setresuid, (uid, uid, uid)))
+    steps.append(kernel.prctl(kernel.PR_SET_DUMPABLE, 1))  # else /proc/self, and with it /dev/stdin, belongs to root
+    if isolated:
+        steps.append(kernel.drop_capabilities())
+    return [*steps, *seccomp]
+
+
+def _volunteer() -> None:
+    """If memory runs out, end this process, not the server."""
+    victim = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
     os.write(victim, b"1000")
     os.close(victim)
-    os.chdir(settings["folder"])
-    _set_limits(request)
-    if settings["uid"] is not None:
-        os.setgroups([])
-        os.setresgid(settings["uid"], settings["uid"], settings["uid"])
-        os.setresuid(settings["uid"], settings["uid"], settings["uid"])
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # else /proc/self, and with it /dev/stdin, belongs to root
-    if settings["namespaces"]:
-        kernel.drop_capabilities()
-    kernel.install_seccomp(request["filter"])
 
 
-def _set_limits(request: dict[str, Any]) -> None:
-    for name, limit in (
-        ("CPU", int(request["cpu_s"]) + 1),
-        ("AS", request["memory_bytes"]),
-        ("STACK", request["stack_bytes"]),
-        ("FSIZE", request["files_bytes"]),
-        ("NPROC", request["max_tasks"]),
-        ("NOFILE", 64),
-        ("CORE", 0),
-        ("MEMLOCK", 0),
-        ("MSGQUEUE", 0),
-    ):
-        kind = getattr(resource, f"RLIMIT_{name}")
-        allowed = resource.getrlimit(kind)[1]
-        bound = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
-        resource.setrlimit(kind, (bound, bound))
+def _bounds(kind: int, limit: int) -> tuple[int, int]:
+    allowed = resource.getrlimit(kind)[1]
+    bound = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
+    return bound, bound
 
 
 def run(mode: str, job_descriptor: int, channel: int) -> NoReturn:
     """Run the job as `mode` says ("script" or "calls") and end this process."""
-    with os.fdopen(job_descriptor, "rb") as reading:
-        job = json.loads(reading.read())
-    sys.path[:] = [*job["packages"], *(entry for entry in sys.path if not entry.startswith("/ra3"))]
-    sys.set_int_max_str_digits(0)
-    random.seed(0)
+    job = marshal.loads(os.read(job_descriptor, os.fstat(job_descriptor).st_size))  # noqa: S302 - written by our side
+    os.close(job_descriptor)
     gc.enable()
     if mode == "script":
         os.close(channel)
@@ -99,13 +128,9 @@ def _run_script(job: dict[str, Any]) -> NoReturn:
     for name, text in job["files"].items():
         with open(name, "w", encoding="utf-8") as writing:  # noqa: PTH123
             writing.write(text)
-    sys.argv = ["main.py", *job["argv"]]
-    for name, descriptor, how in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        stream = io.open(descriptor, how, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115, UP020
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
+    sys.argv += job["argv"]
+    sys.__dict__.update(_STREAMS)
+    main = sys.modules["__main__"]
     code = 0
     try:
         exec(compile(job["code"], "main.py", "exec"), main.__dict__)  # noqa: S102 - running programs is what this is for
@@ -115,7 +140,8 @@ def _run_script(job: dict[str, Any]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         code = 1
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - the interpreter's own last steps
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()  # noqa: SLF001 - the interpreter's own last steps, as the next
         atexit._run_exitfuncs()  # noqa: SLF001
         sys.stdout.flush()
         sys.stderr.flush()
@@ -181,13 +207,20 @@ def _answer(stream: io.RawIOBase, action: Callable[[], tuple[Any, list[Any]]], k
         encoded = [values.encode(argument, keep) for argument in after]
         reply: dict[str, Any] = {"value": values.encode(result, keep), "after": encoded}
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt are answers here, too
-        last = traceback.extract_tb(error.__traceback__)[-1:]
-        where = f" (line {last[0].lineno})" if last and last[0].filename == "solution.py" else ""
-        reply = {"error": type(error).__name__, "text": f"{error}"[:_TEXT_LIMIT] + where}
+        reply = {"error": type(error).__name__, "text": f"{error}"[:_TEXT_LIMIT] + _where(error.__traceback__)}
     raw = values.dumps(reply)
     raw = struct.pack("<I", len(raw)) + raw
     while raw:
         raw = raw[stream.write(raw) :]
+
+
+def _where(trace: types.TracebackType | None) -> str:
+    """The line of the program that raised, if the last one was one of it."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_code.co_filename != "solution.py":
+        return ""
+    return f" (line {trace.tb_lineno})"
 
 
 def _receive(stream: io.RawIOBase) -> bytes:

@@ -2,18 +2,19 @@
 
 Prevents verdicts from depending on a program's own methods (`__eq__`, `__hash__`, `__class__`): what arrives outside
 are exact built-in types, rebuilt from text. Objects of any other type stay in the jail and are named by a number.
+
+Modules that few programs need are imported where they are used: every fork of the jail's server carries what it has.
 """
 
 import collections
-import dataclasses
-import decimal
-import fractions
-import hashlib
 import json
 import marshal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import decimal
 
 MAX_DEPTH = 150
 """Nesting that is still encoded and decoded; well below the recursion limit of both sides."""
@@ -59,16 +60,23 @@ def encode(value: Any, foreign: Foreign, depth: int = 0) -> Any:
     return foreign(value) if encoded is None else encoded
 
 
-@dataclasses.dataclass(frozen=True)
 class Digest:
     """In place of a sequence too large to write out: equal for sequences of equal items of equal types.
 
     It may come from the program, as any data may: only a program that has the right sequence knows its digest.
     """
 
-    kind: str
-    length: int
-    sha256: str
+    def __init__(self, kind: str, length: int, sha256: str) -> None:
+        self.content = (kind, length, sha256)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Digest) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+    def __repr__(self) -> str:
+        return f"Digest{self.content}"
 
 
 def _items(value: Sequence[Any]) -> int:
@@ -76,6 +84,8 @@ def _items(value: Sequence[Any]) -> int:
 
 
 def _digest(value: Sequence[Any]) -> list[Any]:
+    import hashlib
+
     content = hashlib.sha256()
     for start in range(0, len(value), _DIGESTED_AT_ONCE):
         content.update(marshal.dumps(list(value[start : start + _DIGESTED_AT_ONCE]), 2))  # version 2 shares no objects
@@ -104,6 +114,11 @@ def _encode_rarer(value: Any, foreign: Foreign, depth: int) -> Any:
     return _encode_scalar(value)
 
 
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """Whether it is of a class of a module that somebody else has imported, if anybody has."""
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
+
+
 def _encode_scalar(value: Any) -> Any:
     encoded: Any = None
     if isinstance(value, int):
@@ -118,15 +133,15 @@ def _encode_scalar(value: Any) -> Any:
         encoded = ["b" if isinstance(value, bytes) else "B", bytes(value).hex()]
     elif isinstance(value, range):
         encoded = ["r", hex(value.start), hex(value.stop), hex(value.step)]
-    elif isinstance(value, decimal.Decimal):
-        encoded = ["D", decimal.Decimal.__str__(value)]
-    elif isinstance(value, fractions.Fraction):
+    elif _is_a(value, "decimal", "Decimal"):
+        encoded = ["D", sys.modules["decimal"].Decimal.__str__(value)]
+    elif _is_a(value, "fractions", "Fraction"):
         encoded = ["F", hex(value.numerator), hex(value.denominator)]
     elif type(value) is Digest:
-        encoded = ["#", value.kind, value.length, value.sha256]
+        encoded = ["#", *value.content]
     elif any(value is kind for kind in BUILTIN_TYPES.values()):
         encoded = ["T", value.__name__]
-    elif "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
+    elif _is_a(value, "numpy", "generic"):
         encoded = _encode_scalar(value.item())
     return encoded
 
@@ -173,6 +188,8 @@ def _decode_scalar(tag: str, rest: list[Any]) -> Any:
     if tag == "D":
         return _bounded_decimal(rest[0])
     if tag == "F":
+        import fractions
+
         return fractions.Fraction(int(rest[0], 16), int(rest[1], 16))
     if tag == "T":
         return BUILTIN_TYPES[rest[0]]
@@ -189,8 +206,10 @@ def _bounded_range(start: int, stop: int, step: int) -> range:
     return value
 
 
-def _bounded_decimal(text: str) -> decimal.Decimal:
+def _bounded_decimal(text: str) -> "decimal.Decimal":
     """A decimal that trusted code can afford to turn into an integer."""
+    import decimal
+
     value = decimal.Decimal(text)
     if value.is_finite() and value and abs(value.adjusted()) > MAX_EXPONENT:
         raise ValueError(f"a decimal has an exponent beyond {MAX_EXPONENT}")
