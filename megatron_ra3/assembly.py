@@ -20,6 +20,7 @@ from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import RA3Model, build_model
 from megatron_ra3.model.geometry import check_config
 from megatron_ra3.model.trainer import Trainer, build_optimizer
+from megatron_ra3.observe.spans import TIMELINE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ORIGIN = "origin.json"
@@ -51,9 +52,10 @@ def assemble(config: TrainerConfig) -> Assembly:
     of kernel tiles.
     """
     tuning()
-    layout = parallel.initialize(
-        config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
-    )
+    with TIMELINE.span("rendezvous"):
+        layout = parallel.initialize(
+            config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
+        )
     _check_batch_sizes(config, layout)
     _check_engines(config, layout)
     hf_config = _read_model_config(config)
@@ -62,13 +64,14 @@ def assemble(config: TrainerConfig) -> Assembly:
         hf_config["vocab_size"] = tokenizer.vocab_size
     _check_model(config, layout, hf_config, tokenizer.vocab_size)
     initial_folder = _initial_folder(config, layout, hf_config, tokenizer)
-    model = build_model(
-        hf_config,
-        layout,
-        dtype=DTYPES[config.model.dtype],
-        distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-    names.import_hf(model, initial_folder)
+    with TIMELINE.span("model load"):
+        model = build_model(
+            hf_config,
+            layout,
+            dtype=DTYPES[config.model.dtype],
+            distributed_optimizer=config.parallel.distributed_optimizer,
+        )
+        names.import_hf(model, initial_folder)
     return Assembly(
         config=config,
         layout=layout,

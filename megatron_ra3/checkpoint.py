@@ -37,12 +37,14 @@ from megatron_ra3.manifest import (
     write_manifest,
 )
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.settings import to_dict
 
 FREE_TO_CHANGE = (
     "engine.",
     "checkpoint.",
     "logging.",
+    "profile.",
     "signatures.",
     "run_folder",
     "parallel.tensor",
@@ -106,14 +108,15 @@ class _Save:
     digests: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
-        self.thread = threading.Thread(target=self._write, name=f"save-{self.final.name}", daemon=True)
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self.thread.start()
 
     def _write(self) -> None:
         assert self.staged is not None
         try:
-            self.staged.write()
-            self.digests = {path.relative_to(self.partial).as_posix(): sha256(path) for path in self.staged.files}
+            with TIMELINE.span("checkpoint, writing"):
+                self.staged.write()
+                self.digests = {path.relative_to(self.partial).as_posix(): sha256(path) for path in self.staged.files}
         except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
             self.failure = error
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from megatron_ra3.latents import Snippet, Trajectory
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats
@@ -132,7 +133,9 @@ class Ahead:
             step.rollouts = self._run(step.sample)
         ACTIVITY.moved("waiting for rollouts sampled ahead")
         started = time.monotonic()
-        wait([step.rollouts], self._timeout_s)
+        if not step.rollouts.done():
+            with TIMELINE.span("rollouts", awaits="engines"):
+                wait([step.rollouts], self._timeout_s)
         if not step.rollouts.done():
             raise EngineError(f"the rollouts of a step were not sampled within parallel.timeout_s={self._timeout_s:g}")
         step.has_failed = True
