@@ -31,6 +31,7 @@ MAIN_METRICS = (
     "engine_tokens_per_second",
     "seconds",
 )
+HELDOUT_METRICS = ("objective", "pass_rate", "think_rate", "rationale_tokens", "nats_per_code_token")
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 ASCII_BARS = "_.-=+*#@"
 SPARK_WIDTH = 40
@@ -111,14 +112,13 @@ def _metrics(view: RunView, bars: str) -> Table:
     for column in ("", "now", "least", "most"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_column("course")
-    shown = {trained: ""} | {"evaluate": "held-out "}
-    for phase, prefix in shown.items():
-        records = view.by_phase.get(phase, ())
-        for name in MAIN_METRICS:
-            values = [float(record[name]) for record in records if name in record]
-            if values and not (prefix and name == "seconds"):
-                figures = (values[-1], min(values), max(values))
-                table.add_row(f"{prefix}{name}", *(f"{value:.4g}" for value in figures), sparkline(values, bars))
+    rows = [(trained, name, name) for name in MAIN_METRICS]
+    rows += [("evaluate", name, f"held-out {name}") for name in HELDOUT_METRICS]
+    for phase, name, label in rows:
+        values = [float(record[name]) for record in view.by_phase.get(phase, ()) if name in record]
+        if values:
+            figures = (values[-1], min(values), max(values))
+            table.add_row(label, *(f"{value:.4g}" for value in figures), sparkline(values, bars))
     return table
 
 
@@ -130,8 +130,7 @@ def _newest(view: RunView, phase: str) -> int:
 def _engines(view: RunView) -> Table:
     table = Table(title="engines", title_justify="left", box=None)
     for column in ("", "standing", "since", *ENGINE_FIGURES.values()):
-        justify = "right" if column in ENGINE_FIGURES.values() else "left"
-        table.add_column(column, justify=justify, no_wrap=True)
+        table.add_column(column, justify="right" if column in ENGINE_FIGURES.values() else "left", no_wrap=True)
     for url, state in view.engines.items():
         table.add_row(url, *_engine(state, view.now_s))
     return table
