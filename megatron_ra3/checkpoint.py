@@ -182,8 +182,9 @@ class Checkpoints:
         def copy() -> None:
             save.staged = stage(save.partial / "state")
 
-        for work in (prepare, copy):
-            self._together(work, save)
+        with TIMELINE.span("checkpoint"):
+            for work in (prepare, copy):
+                self._together(work, save)
         save.begin()
         self._save = save
 
@@ -195,8 +196,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Complete the save on its way, if any, however long it takes; errors as `start`."""
         save, self._save = self._save, None
-        if save is None:
-            return
+        if save is not None:
+            with TIMELINE.span("checkpoint"):
+                self._complete(save)
+
+    def _complete(self, save: _Save) -> None:
         assert save.staged is not None
         self._together(save.checked, save)
         self._together(save.staged.commit, save)

@@ -241,7 +241,7 @@ class LoggingConfig:
     """Log to wandb too, where it is given (WANDB_MODE=offline works)."""
     wandb_group: str = ""
     """Empty: the group of the run that `model.folder` was exported by, else the name of the run folder."""
-    timeline_megabytes: int = 64
+    timeline_megabytes: int = 32
     """What each rank keeps in the run folder of what it did and for whom it waited, at most; 0: nothing."""
     engine_metrics: bool = True
     """Ask vLLM servers for their own figures once a step."""

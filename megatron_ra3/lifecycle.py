@@ -92,9 +92,8 @@ class DurableRun(Generic[ConfigT]):
             total_steps=sum(phase.steps for phase in self.phases),
             writes=layout.rank == 0,
             wandb=open_wandb(
-                config.logging.wandb_project,
                 self.folder,
-                group=config.logging.wandb_group,
+                config.logging,
                 job_type=self.kind,
                 settings=to_dict(config),
                 start=Path(config.model.folder),
@@ -246,11 +245,9 @@ class DurableRun(Generic[ConfigT]):
         if self.progress.total_steps % settings.every_steps == 0:
             self._start_saving()
             if not settings.asynchronous:
-                with TIMELINE.span("checkpoint"):
-                    self.checkpoints.wait()
+                self.checkpoints.wait()
         elif self.checkpoints.saving:
-            with TIMELINE.span("checkpoint"):
-                self.checkpoints.poll()
+            self.checkpoints.poll()
         else:
             return
         self._save_stall_s = time.monotonic() - started
@@ -311,16 +308,14 @@ class DurableRun(Generic[ConfigT]):
     def save(self) -> Path:
         """Save everything; OSError when the disk refuses, earlier checkpoints stay whole."""
         self._start_saving()
-        with TIMELINE.span("checkpoint"):
-            self.checkpoints.wait()
+        self.checkpoints.wait()
         return self.checkpoints.path(self.progress.total_steps)
 
     def _start_saving(self) -> None:
         model, optimizer = self.assembly.model, self.assembly.trainer.optimizer
-        with TIMELINE.span("checkpoint"):
-            self.checkpoints.start(
-                self.progress.total_steps, self._manifest, lambda folder: state.stage_state(folder, model, optimizer)
-            )
+        self.checkpoints.start(
+            self.progress.total_steps, self._manifest, lambda folder: state.stage_state(folder, model, optimizer)
+        )
 
     def _must_stop(self) -> bool:
         """Whether a signal or a time limit forbids to wait any longer within a step."""

@@ -20,6 +20,7 @@ from megatron_ra3.evaluate.judge import Attempt
 from megatron_ra3.evaluate.sandbox import Verdict
 from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model import names
+from megatron_ra3.observe.timeline import read_timeline
 from megatron_ra3.policy_step import PolicyStep
 from megatron_ra3.rlvr import rlvr
 from megatron_ra3.rlvr_config import JailConfig, RlvrRunConfig, load_rlvr_config
@@ -143,6 +144,9 @@ def test_a_run_trains_evaluates_and_exports(whole):
     }
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["evaluate"]["pass_rate"] == metrics[-1]["pass_rate"]
+    done = {span.what for span in read_timeline(whole).spans}
+    assert {"sampling", "judging", "scoring", "scoring, reference", "backward", "optimizer", "checkpoint"} <= done
+    assert json.loads((whole / "run.json").read_text())["kind"] == "rlvr"
 
 
 def test_stopping_anywhere_and_resuming_changes_nothing(whole, world, tmp_path):

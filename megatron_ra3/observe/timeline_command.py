@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ra3.observe.shares import Share, awaited, by_phase, percentile, shares
 from megatron_ra3.observe.spans import MAIN
-from megatron_ra3.observe.timeline import Timeline, busy_intervals, out_intervals, read_timeline
+from megatron_ra3.observe.timeline import EngineNote, Timeline, busy_intervals, out_intervals, read_timeline
 from megatron_ra3.observe.trace import write_trace
 
 TRACE = "timeline.json"
@@ -44,7 +45,14 @@ def cut(timeline: Timeline, first: int, last: int) -> None:
         raise ValueError(f"--steps {first} {last}: the timeline has none of these steps")
     begin_us, end_us = min(span.begin_us for span in steps), max(span.end_us for span in steps)
     timeline.spans = [span for span in timeline.spans if span.begin_us >= begin_us and span.end_us <= end_us]
-    timeline.engines = [note for note in timeline.engines if begin_us <= note.at_us <= end_us]
+    before: dict[tuple[str, int], dict[str, Any]] = {}
+    for note in sorted(timeline.engines, key=lambda note: note.at_us):
+        if note.at_us < begin_us:
+            before.setdefault((note.url, note.rank), {}).update(note.values)
+    timeline.engines = [
+        *(EngineNote(url, begin_us, values, rank) for (url, rank), values in before.items()),
+        *(note for note in timeline.engines if begin_us <= note.at_us <= end_us),
+    ]
 
 
 def tables(timeline: Timeline, *, most_ranks: int) -> Iterator[str]:

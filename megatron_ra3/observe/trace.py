@@ -77,8 +77,8 @@ def _engine(pid: int, url: str, notes: Sequence[EngineNote], zero_us: int) -> It
     for note in notes:
         if "standing" in note.values and (not standings or _standing(note) != _standing(standings[-1])):
             standings.append(note)
-    ends_us = [note.at_us for note in standings[1:]] + [notes[-1].at_us]
-    for note, end_us in zip(standings, ends_us, strict=True):
+    ends_us = [note.at_us for note in [*standings[1:], notes[-1]]]
+    for note, end_us in zip(standings, ends_us, strict=False):  # no standing, no end
         at = {"ts": note.at_us - zero_us, "dur": end_us - note.at_us}
         name = note.values["standing"]
         yield {"ph": "X", "name": name, "cat": "engine", "pid": pid, "tid": 0, **at, "args": dict(note.values)}

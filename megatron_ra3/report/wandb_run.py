@@ -11,27 +11,36 @@ import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 NOTE = "wandb.json"
 JobType = Literal["midtrain", "rlvr", "eval"]
 
 
+class WandbSettings(Protocol):
+    """`wandb_project`: empty, or where to log; `wandb_group`: empty, or the group to be in."""
+
+    @property
+    def wandb_project(self) -> str: ...  # noqa: D102
+    @property
+    def wandb_group(self) -> str: ...  # noqa: D102
+
+
 def open_wandb(
-    project: str,
     folder: Path,
+    logging: WandbSettings,
     *,
-    group: str,
     job_type: JobType,
     settings: Mapping[str, Any],
     start: Path | None = None,
     writes: bool = True,
 ) -> Any:
-    """The wandb run of `folder`, begun or resumed; None without a `project`, or where this process does not write.
+    """The wandb run of `folder`, begun or resumed; None without a project, or where this process does not write.
 
-    `start` is the folder of the weights that this begins with, `settings` are shown in wandb.
+    `start` is a run folder, or its export, with the weights that this begins with; `settings` are shown in wandb.
     ValueError, on every rank: wandb is asked for but not installed.
     """
+    project = logging.wandb_project
     if project and not _is_installed("wandb"):
         raise ValueError(
             f"logging.wandb_project={project!r}: wandb is not installed: pip install wandb, or leave it empty"
@@ -40,7 +49,7 @@ def open_wandb(
         return None
     import wandb
 
-    noted = _note(folder, group=group, start=start)
+    noted = _note(folder, group=logging.wandb_group, start=start)
     return wandb.init(
         project=project,
         dir=str(folder),
@@ -58,7 +67,7 @@ def _note(folder: Path, *, group: str, start: Path | None) -> dict[str, str]:
     own = _read(folder)
     if own is not None and group in ("", own["group"]):
         return own
-    origin = _read(start.resolve().parent) if start is not None else None
+    origin = (_read(start) or _read(start.resolve().parent)) if start is not None else None
     noted = {
         "id": uuid.uuid4().hex[:12] if own is None else own["id"],
         "group": group or (origin or {}).get("group", folder.resolve().name),
