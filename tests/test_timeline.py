@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ra3.bench.timeline import measure
+from megatron_ra3.config import ProfileConfig
 from megatron_ra3.observe import spans
 from megatron_ra3.observe.journal import Journal, recorded
+from megatron_ra3.observe.profiling import StepProfiler
 from megatron_ra3.observe.shares import OUTSIDE, UNNAMED, awaited, by_phase, percentile, self_us, shares
 from megatron_ra3.observe.spans import TIMELINE, Meter, Recorder
 from megatron_ra3.observe.timeline import (
@@ -307,3 +309,23 @@ def test_a_rank_whose_file_is_lost_is_only_missing(tmp_path):
     folder = tmp_path / "timeline"
     shutil.copy(folder / "rank-00000.jsonl", folder / "rank-00003.jsonl")
     assert {span.rank for span in read_timeline(tmp_path).spans} == {0, 3}
+
+
+# Profiles
+
+
+def test_a_profile_of_a_rank_that_does_not_exist_is_refused_and_others_profile_nothing(tmp_path):
+    config = ProfileConfig(steps=(3, 4), ranks=(2,))
+    with pytest.raises(ValueError, match=r"profile\.ranks=\[2\]: this run has ranks 0 to 1"):
+        StepProfiler(config, tmp_path, rank=0, world_size=2)
+    assert StepProfiler(config, tmp_path, rank=0, world_size=3).step(3) is spans.NOTHING
+    there = StepProfiler(config, tmp_path, rank=2, world_size=3)
+    assert [there.step(number) is spans.NOTHING for number in (2, 3, 4, 5)] == [True, False, False, True]
+    assert StepProfiler(ProfileConfig(), tmp_path, rank=0, world_size=1).step(1) is spans.NOTHING
+
+
+def test_a_profile_that_cannot_be_written_is_said_and_no_more(tmp_path, capsys):
+    (tmp_path / "profile").write_text("in the way")
+    with StepProfiler(ProfileConfig(steps=(1, 1)), tmp_path / "profile", rank=0, world_size=1).step(1):
+        pass
+    assert "step-00000001-rank-00000.json.gz cannot be written" in capsys.readouterr().out

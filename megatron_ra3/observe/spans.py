@@ -207,8 +207,9 @@ class Recorder:
         return dropped
 
     def _ended(self, span: _Span) -> dict[str, Any]:
-        length_us = (span.ended_ns - span.begun_ns) // 1000
-        return {"span": span.what, "at": self._us(span), "us": length_us, **self._context(span)}
+        begun_us = self._us(span)
+        ended_us = (self._epoch_ns + span.ended_ns) // 1000  # rounded as beginnings are: what nests stays nested
+        return {"span": span.what, "at": begun_us, "us": ended_us - begun_us, **self._context(span)}
 
     def _us(self, span: _Span) -> int:
         return (self._epoch_ns + span.begun_ns) // 1000
