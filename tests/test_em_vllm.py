@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ra3.observe.engine_times import busy_intervals
 from megatron_ra3.observe.shares import awaited, shares
-from megatron_ra3.observe.timeline import busy_intervals, read_timeline
+from megatron_ra3.observe.timeline import read_timeline
 from megatron_ra3.settings import to_dict
 from tests.small import make_config
 

@@ -10,23 +10,14 @@ import pytest
 from megatron_ra3.bench.timeline import measure
 from megatron_ra3.config import ProfileConfig
 from megatron_ra3.observe import spans
+from megatron_ra3.observe.engine_times import alone, busy_intervals, out_intervals
 from megatron_ra3.observe.journal import Journal, recorded
 from megatron_ra3.observe.profiling import StepProfiler
+from megatron_ra3.observe.reading import EngineNote, Span, Timeline
 from megatron_ra3.observe.shares import OUTSIDE, UNNAMED, awaited, by_phase, percentile, self_us, shares
 from megatron_ra3.observe.spans import TIMELINE, Meter, Recorder
-from megatron_ra3.observe.timeline import (
-    EngineNote,
-    Span,
-    Timeline,
-    align,
-    alone,
-    attribute,
-    busy_intervals,
-    host_offsets_us,
-    out_intervals,
-    read_timeline,
-)
-from megatron_ra3.observe.timeline_command import cut, tables
+from megatron_ra3.observe.timeline import align, attribute, cut, host_offsets_us, read_timeline
+from megatron_ra3.observe.timeline_command import tables
 from megatron_ra3.observe.trace import trace_events
 
 
@@ -299,8 +290,20 @@ def test_the_tables_name_the_straggler_and_the_trace_is_one():
     ]  # fmt: skip
     cut(timeline, 2, 2)
     assert {span.what for span in timeline.spans} == {"step", "requests"}
-    with pytest.raises(ValueError, match="--steps 9 9: the timeline has none"):
+    with pytest.raises(ValueError, match="steps 9 to 9: the timeline has none"):
         cut(timeline, 9, 9)
+
+
+def test_some_steps_of_a_long_run_are_read_alone(tmp_path):
+    with recorded(str(tmp_path), 1):
+        for number in range(1, 6):
+            with TIMELINE.span("step", step=number, phase="estep"), TIMELINE.span(f"work {number}"):
+                TIMELINE.engine("u", standing=f"version {number}")
+    timeline = read_timeline(tmp_path, (2, 3))
+    assert [span.what for span in timeline.spans] == ["work 2", "step", "work 3", "step"]
+    assert [note.values["standing"] for note in timeline.engines] == ["version 1", "version 2", "version 3"]
+    with pytest.raises(ValueError, match="steps 9 to 9: the timeline has none of them"):
+        read_timeline(tmp_path, (9, 9))
 
 
 def test_a_rank_whose_file_is_lost_is_only_missing(tmp_path):

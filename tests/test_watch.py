@@ -102,6 +102,11 @@ def test_a_follower_reads_what_is_new_and_begins_anew_after_a_resume(run):
     path.write_text("".join(lines[:3]))
     view = follower.look(NOW_S)
     assert (view.last["step"], view.steps_left, list(view.by_phase)) == (3, 7, ["estep"])
+    path.write_text(
+        "".join(lines[:2]) + json.dumps(_step(3, "estep", reward=-2.0, longer="than before")) + "\n" + lines[3]
+    )
+    view = follower.look(NOW_S)
+    assert (view.last["step"], view.by_phase["estep"][-1]["longer"]) == (4, "than before")
     assert view.warnings == ["step 2: gate_closed: the gate has closed", "step 2: engines_lost 1"]
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ra3.observe.journal import FOLDER
+from megatron_ra3.observe.reading import Span, Timeline, read_rank
 from megatron_ra3.observe.run_card import read_run_card
-from megatron_ra3.observe.timeline import Span, Timeline, read_rank
 
 TAIL_BYTES = 65_536
 KEPT_RECORDS = 500
@@ -96,15 +96,27 @@ class Follower:
         path = self._folder / "metrics.jsonl"
         if not path.is_file():
             return
+        try:
+            records = self._new_records(path)
+            goes_on = not self._last or all(record["step"] == self._last["step"] + 1 for record in records[:1])
+        except ValueError:
+            goes_on = False
+        if not goes_on:  # cut back to a checkpoint, and perhaps longer again
+            self._begin()
+            records = self._new_records(path)
+        for record in records:
+            self._take(record)
+
+    def _new_records(self, path: Path) -> list[dict[str, Any]]:
+        """What was appended since the last look; ValueError: something else is there now."""
         with path.open("rb") as file:
-            if file.seek(0, 2) < self._offset:  # cut back to a checkpoint
-                self._begin()
+            if file.seek(0, 2) < self._offset:
+                raise ValueError(f"{path}: shorter than it was")
             file.seek(self._offset)
             whole = file.read()
         whole = whole[: whole.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            self._take(json.loads(line))
+        return [json.loads(line) for line in whole.splitlines()]
 
     def _take(self, record: dict[str, Any]) -> None:
         self._warnings.extend(warnings_of(record, self._last))

@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_ra3.observe.engine_times import alone, busy_intervals, overlap_us
+from megatron_ra3.observe.reading import Span, Timeline
 from megatron_ra3.observe.spans import MAIN
-from megatron_ra3.observe.timeline import Span, Timeline, alone, busy_intervals, overlap_us
 
 STEP = "step"
 OUTSIDE = "(no step)"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_ra3.observe.engine_times import busy_intervals, out_intervals
+from megatron_ra3.observe.reading import Timeline
 from megatron_ra3.observe.shares import Share, awaited, by_phase, percentile, shares
 from megatron_ra3.observe.spans import MAIN
-from megatron_ra3.observe.timeline import EngineNote, Timeline, busy_intervals, out_intervals, read_timeline
+from megatron_ra3.observe.timeline import read_timeline
 from megatron_ra3.observe.trace import write_trace
 
 TRACE = "timeline.json"
 LEAST_SHARE = 0.005
 """Work that takes less of a phase is summed up."""
+LEAST_US = 1000
+"""Rows of less are not shown."""
 
 
 def add_timeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,31 +31,12 @@ def add_timeline_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_timeline(arguments: argparse.Namespace) -> int:
     """Write the trace and print the tables."""
-    timeline = read_timeline(arguments.run_folder)
-    if arguments.steps is not None:
-        cut(timeline, *arguments.steps)
+    timeline = read_timeline(arguments.run_folder, arguments.steps and tuple(arguments.steps))
     print("\n".join(tables(timeline, most_ranks=arguments.ranks)))
     out = arguments.out or arguments.run_folder / TRACE
     count = write_trace(timeline, out)
     print(f"\n{out}: {count} events, for https://ui.perfetto.dev or chrome://tracing")
     return 0
-
-
-def cut(timeline: Timeline, first: int, last: int) -> None:
-    """Leave only what lies in the steps `first` to `last`; ValueError where there is none."""
-    steps = [span for span in timeline.spans if span.what == "step" and first <= span.details["step"] <= last]
-    if not steps:
-        raise ValueError(f"--steps {first} {last}: the timeline has none of these steps")
-    begin_us, end_us = min(span.begin_us for span in steps), max(span.end_us for span in steps)
-    timeline.spans = [span for span in timeline.spans if span.begin_us >= begin_us and span.end_us <= end_us]
-    before: dict[tuple[str, int], dict[str, Any]] = {}
-    for note in sorted(timeline.engines, key=lambda note: note.at_us):
-        if note.at_us < begin_us:
-            before.setdefault((note.url, note.rank), {}).update(note.values)
-    timeline.engines = [
-        *(EngineNote(url, begin_us, values, rank) for (url, rank), values in before.items()),
-        *(note for note in timeline.engines if begin_us <= note.at_us <= end_us),
-    ]
 
 
 def tables(timeline: Timeline, *, most_ranks: int) -> Iterator[str]:
@@ -63,7 +47,7 @@ def tables(timeline: Timeline, *, most_ranks: int) -> Iterator[str]:
     shown = sorted(ranks, key=lambda rank: (-waits[f"rank {rank}"], rank))[:most_ranks]
     yield f"{'phase':<14}{'rank':>6}{'seconds':>10}{'busy':>8}{'waiting':>9}{'exchange':>10}   waited most for"
     for share in found:
-        if share.rank in shown:
+        if share.rank in shown and share.us >= LEAST_US:
             yield _row(share)
     if len(shown) < len(ranks):
         yield f"({len(ranks) - len(shown)} other ranks, which were waited for less: --ranks {len(ranks)})"
@@ -93,6 +77,8 @@ def _row(share: Share) -> str:
 def _work(phases: dict[str, Share], ranks: int) -> Iterator[str]:
     yield f"{'phase':<14}{'s per rank':>10}{'share':>8}{'times':>8}{'median':>9}{'95 %':>9}{'longest':>9}"
     for phase, share in phases.items():
+        if share.us < LEAST_US:
+            continue
         rows = [(sum(parts), name, parts) for name, parts in share.parts_us.items()]
         rows.append((share.exchange_us, "exchange", []))
         large = sorted((row for row in rows if row[0] > LEAST_SHARE * share.us), reverse=True)

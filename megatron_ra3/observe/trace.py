@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.observe.reading import EngineNote, Span, Timeline
 from megatron_ra3.observe.spans import MAIN
-from megatron_ra3.observe.timeline import EngineNote, Span, Timeline
 
 ENGINE_PIDS = 1_000_000
 """Added to an engine's number, to tell it from a rank."""
