@@ -6,12 +6,15 @@ A file may begin in the middle, as older parts are dropped, and end anywhere, as
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ra3.observe.spans import MAIN
+
+_SPAN = re.compile(rb'\{"span":"[^"]*","at":(\d+),')
 
 
 @dataclass(slots=True)
@@ -127,6 +130,8 @@ def read_rank(timeline: Timeline, rank: int, lines: Iterable[bytes], window_us: 
     """
     reader = _RankReader(timeline, rank, window_us)
     for line in lines:
+        if window_us is not None and (span := _SPAN.match(line)) and not window_us[0] <= int(span[1]) <= window_us[1]:
+            continue  # of a long run nearly all: not worth parsing
         record = parsed(line)
         if record is None:
             timeline.unreadable_lines += bool(line.strip())
