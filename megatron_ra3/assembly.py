@@ -20,6 +20,7 @@ from megatron_ra3.model import names, parallel
 from megatron_ra3.model.build import RA3Model, build_model
 from megatron_ra3.model.geometry import Split, check_config
 from megatron_ra3.model.trainer import Trainer, build_optimizer
+from megatron_ra3.observe.spans import TIMELINE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ORIGIN = "origin.json"
@@ -51,20 +52,22 @@ def assemble(config: TrainerConfig) -> Assembly:
     of kernel tiles.
     """
     tuning()
-    layout = parallel.initialize(
-        config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
-    )
+    with TIMELINE.span("rendezvous"):
+        layout = parallel.initialize(
+            config.parallel.tensor, config.parallel.pipeline, seed=config.seed, timeout_s=config.parallel.timeout_s
+        )
     _check_batch_sizes(config, layout)
     _check_engines(config, layout)
     hf_config, tokenizer = read_model(config, layout)
     initial_folder = _initial_folder(config, layout, hf_config, tokenizer)
-    model = build_model(
-        hf_config,
-        layout,
-        dtype=DTYPES[config.model.dtype],
-        distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-    names.import_hf(model, initial_folder)
+    with TIMELINE.span("model load"):
+        model = build_model(
+            hf_config,
+            layout,
+            dtype=DTYPES[config.model.dtype],
+            distributed_optimizer=config.parallel.distributed_optimizer,
+        )
+        names.import_hf(model, initial_folder)
     return Assembly(
         config=config,
         layout=layout,

@@ -37,12 +37,14 @@ from megatron_ra3.manifest import (
     write_manifest,
 )
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.settings import to_dict
 
 FREE_TO_CHANGE = (
     "engine.",
     "checkpoint.",
     "logging.",
+    "profile.",
     "signatures.",
     "run_folder",
     "parallel.tensor",
@@ -106,14 +108,15 @@ class _Save:
     digests: dict[str, str] = field(default_factory=dict)
 
     def begin(self) -> None:
-        self.thread = threading.Thread(target=self._write, name=f"save-{self.final.name}", daemon=True)
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self.thread.start()
 
     def _write(self) -> None:
         assert self.staged is not None
         try:
-            self.staged.write()
-            self.digests = {path.relative_to(self.partial).as_posix(): sha256(path) for path in self.staged.files}
+            with TIMELINE.span("checkpoint, writing"):
+                self.staged.write()
+                self.digests = {path.relative_to(self.partial).as_posix(): sha256(path) for path in self.staged.files}
         except Exception as error:  # noqa: BLE001 - whatever stops a save is reported with the folder and the fix
             self.failure = error
 
@@ -179,8 +182,9 @@ class Checkpoints:
         def copy() -> None:
             save.staged = stage(save.partial / "state")
 
-        for work in (prepare, copy):
-            self._together(work, save)
+        with TIMELINE.span("checkpoint"):
+            for work in (prepare, copy):
+                self._together(work, save)
         save.begin()
         self._save = save
 
@@ -192,8 +196,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Complete the save on its way, if any, however long it takes; errors as `start`."""
         save, self._save = self._save, None
-        if save is None:
-            return
+        if save is not None:
+            with TIMELINE.span("checkpoint"):
+                self._complete(save)
+
+    def _complete(self, save: _Save) -> None:
         assert save.staged is not None
         self._together(save.checked, save)
         self._together(save.staged.commit, save)

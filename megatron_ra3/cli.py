@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     from megatron_ra3.evaluate.commands import add_eval_arguments, run_eval
     from megatron_ra3.launch.plan_command import add_plan_arguments, run_plan
     from megatron_ra3.launch.submit import add_submit_arguments, run_submit
+    from megatron_ra3.observe.timeline_command import add_timeline_arguments
+    from megatron_ra3.observe.watch_command import add_watch_arguments
 
     parser = argparse.ArgumentParser(prog="ra3", description="RA3 mid-training on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
@@ -125,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="name=RUN_FOLDER", help="for instance base=runs/base ra3=runs/ra3")
     report.add_argument("--out", type=Path, help="also write the figures as JSON")
     report.set_defaults(run=_report)
+
+    timing = commands.add_parser("timeline", help="where a run's time went, and for whom its ranks waited")
+    add_timeline_arguments(timing)
+
+    watching = commands.add_parser("watch", help="follow a run on a terminal, from its files")
+    add_watch_arguments(watching)
 
     plan = commands.add_parser("plan", help="layout, memory, seconds and cost of a run on given nodes, without a GPU")
     add_plan_arguments(plan)

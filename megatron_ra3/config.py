@@ -235,9 +235,25 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Metrics always go to metrics.jsonl; wandb when asked (WANDB_MODE=offline works)."""
+    """Metrics always go to metrics.jsonl; the rest is described in docs/observability.md."""
 
     wandb_project: str = ""
+    """Log to wandb too, where it is given (WANDB_MODE=offline works)."""
+    wandb_group: str = ""
+    """Empty: the group of the run that `model.folder` was exported by, else the name of the run folder."""
+    timeline_megabytes: int = 32
+    """What each rank keeps in the run folder of what it did and for whom it waited, at most; 0: nothing."""
+    engine_metrics: bool = True
+    """Ask vLLM servers for their own figures once a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """torch.profiler traces of chosen steps, in `profile/` of the run folder."""
+
+    steps: tuple[int, ...] = ()
+    """First and last step, as `step` of metrics.jsonl counts them; empty: none. Each costs a file of megabytes."""
+    ranks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +296,7 @@ class TrainerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def tokenizer_folder(self) -> Path:

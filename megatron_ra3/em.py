@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ra3.config import NextTokenConfig, RunConfig
 from megatron_ra3.latents import Trajectory
 from megatron_ra3.mstep import latent_means
+from megatron_ra3.observe.journal import recorded
 from megatron_ra3.run import Run
 from megatron_ra3.schedule import Phase, PhaseName, learning_rate, phase_fraction
 from megatron_ra3.stall import watched
@@ -21,7 +22,11 @@ Metrics = dict[str, float]
 
 def midtrain(config: RunConfig) -> dict[str, Any]:
     """Run, or resume, a whole mid-training; returns the summary that is also written to the run folder."""
-    with watched(Path(config.run_folder) / "stalls", config.stall_timeout_s), Run(config) as run:
+    with (
+        watched(Path(config.run_folder) / "stalls", config.stall_timeout_s),
+        recorded(config.run_folder, config.logging.timeline_megabytes),
+        Run(config) as run,
+    ):
         for phase in run.remaining_phases():
             step = PHASES[phase.name]
             for _ in run.remaining_steps(phase):

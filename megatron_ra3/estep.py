@@ -15,6 +15,7 @@ from megatron_ra3.latents import LatentFormat, Trajectory
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.model.trainer import Trainer
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.presets import ObjectiveConfig
 from megatron_ra3.report.metrics import global_means
 
@@ -69,7 +70,8 @@ class EStep:
         rewards = per_item([item.rewards for item in scored], packing, rollouts.items)
         without = None
         if self.settings.baseline != "group":
-            without = self._without_rationale(rollouts.items, scored, packing)
+            with TIMELINE.span("scoring, counterfactual"):
+                without = self._without_rationale(rollouts.items, scored, packing)
         advantages = rollouts.advantages(rewards, without, self.settings)
         result = {"loss": 0.0, "grad_norm": 0.0}
         decisions, gates = (int(self.layout.sum_number_over_dp(count)) for count in rollouts.sampled())
@@ -109,12 +111,14 @@ class EStep:
 
     def _score(self, items: Sequence[Trajectory], packing: Sequence[Sequence[int]]) -> list[_Scored]:
         """Score latents and lines, and reward the lines."""
-        batches = [self._batch(items, indices, with_lines=True) for indices in packing]
-        logprobs = self.trainer.score([batch.micro_batch for batch in batches])
-        scores = [batch.read(values.cpu()) for batch, values in zip(batches, logprobs, strict=True)]
+        with TIMELINE.span("scoring"):
+            batches = [self._batch(items, indices, with_lines=True) for indices in packing]
+            logprobs = self.trainer.score([batch.micro_batch for batch in batches])
+            scores = [batch.read(values.cpu()) for batch, values in zip(batches, logprobs, strict=True)]
         gaps: list[Tensor | None] = [None] * len(batches)
         if self.settings.needs_reference:
-            gaps = list(self._reference_gaps(items, packing, scores))
+            with TIMELINE.span("scoring, reference"):
+                gaps = list(self._reference_gaps(items, packing, scores))
         return [
             _Scored(batch, score, self._rewards(batch, score, gap), gap)
             for batch, score, gap in zip(batches, scores, gaps, strict=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from megatron_ra3.assembly import Assembly
 from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest
@@ -24,10 +24,14 @@ from megatron_ra3.config import TrainerConfig
 from megatron_ra3.deadline import Deadline
 from megatron_ra3.kernels.backends import take_fallbacks
 from megatron_ra3.model import names, parallel, state
+from megatron_ra3.observe.profiling import StepProfiler
+from megatron_ra3.observe.run_card import write_run_card
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import MetricsLog
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
+from megatron_ra3.report.wandb_run import open_wandb
 from megatron_ra3.rollout.engine import EnginesLostError
 from megatron_ra3.rollout.fleet import ServedEngine, open_engine
 from megatron_ra3.schedule import Phase, Progress
@@ -57,6 +61,8 @@ class DurableRun(Generic[ConfigT]):
         detector: looks for failure signatures in its metrics.
     """
 
+    kind: ClassVar[Literal["midtrain", "rlvr"]]
+
     def __init__(
         self,
         config: ConfigT,
@@ -76,13 +82,23 @@ class DurableRun(Generic[ConfigT]):
         if layout.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         layout.barrier("run folder")
+        TIMELINE.join(layout.gather_from_ranks(time.time_ns())[0])
+        self._profiler = StepProfiler(
+            config.profile, self.folder / "profile", rank=layout.rank, world_size=layout.world_size
+        )
         self.samples = SampleLog(self.folder, assembly.tokenizer, writes=layout.rank == 0)
         self.metrics = MetricsLog(
             self.folder,
             total_steps=sum(phase.steps for phase in self.phases),
             writes=layout.rank == 0,
-            wandb_project=config.logging.wandb_project,
-            settings=to_dict(config),
+            wandb=open_wandb(
+                self.folder,
+                config.logging,
+                job_type=self.kind,
+                settings=to_dict(config),
+                start=Path(config.model.folder),
+                writes=layout.rank == 0,
+            ),
             detector=detector,
         )
         self.checkpoints = Checkpoints(
@@ -116,7 +132,10 @@ class DurableRun(Generic[ConfigT]):
 
     def __enter__(self) -> Self:
         ACTIVITY.moved("resuming")
-        self._restore()
+        with TIMELINE.span("resuming"):
+            self._restore()
+        if self.layout.rank == 0:
+            write_run_card(self.folder, self.kind, self.layout, self.phases)
         take_fallbacks()
         for number in STOP_SIGNALS:
             self._handlers[number] = signal.getsignal(number)
@@ -153,7 +172,12 @@ class DurableRun(Generic[ConfigT]):
             self._before_step = self._data_position()
             self._step_label = f"{phase.name} r{phase.round} {self.progress.step + 1}/{phase.steps}"
             ACTIVITY.moved(self._step_label)
-            yield self.progress.step
+            number = self.progress.total_steps + 1
+            with (
+                self._profiler.step(number),
+                TIMELINE.span("step", step=number, phase=phase.name, round=phase.round),
+            ):
+                yield self.progress.step
 
     def end_phase(self, phase: Phase) -> None:
         """Let the current step be the last of its phase."""
@@ -177,9 +201,12 @@ class DurableRun(Generic[ConfigT]):
         seconds = time.monotonic() - self._step_started
         fallbacks: Counter[str] = Counter()
         consumed = Consumed()
-        for of_rank, share in self.layout.gather_from_ranks((take_fallbacks(), self._consumed)):
+        dropped = 0
+        own = (take_fallbacks(), self._consumed, TIMELINE.take_dropped())
+        for of_rank, share, lost in self.layout.gather_from_ranks(own):
             fallbacks += of_rank
             consumed = consumed.plus(share)
+            dropped += lost
         self._consumed = Consumed()
         record: dict[str, Any] = {
             "step": self.progress.total_steps,
@@ -194,6 +221,8 @@ class DurableRun(Generic[ConfigT]):
         if self._save_stall_s:
             record["save_stall_seconds"] = self._save_stall_s
             self._save_stall_s = 0.0
+        if dropped:
+            record["timeline_dropped"] = dropped
         if fallbacks:
             record["kernel_fallbacks"] = dict(fallbacks)
         return record
@@ -229,7 +258,8 @@ class DurableRun(Generic[ConfigT]):
         self.save()
         export, summary_path = self.folder / "export", self.folder / "summary.json"
         if self.layout.any_rank(self.layout.rank == 0 and not (summary_path.is_file() and export.is_dir())):
-            self._export(export)
+            with TIMELINE.span("export"):
+                self._export(export)
         found = self.detector.found if self.detector is not None else []
         summary = {
             "steps": self.progress.total_steps,
@@ -252,7 +282,7 @@ class DurableRun(Generic[ConfigT]):
         if self._engine is None:
             trainer, folder = self.assembly.trainer, self.assembly.initial_folder
             self._engine = open_engine(self.config, trainer, self.format, folder, stop_requested=self._must_stop)
-        with self._saved_where_engines_are_lost():
+        with self._saved_where_engines_are_lost(), TIMELINE.span("weight sync"):
             self._engine.sync(self.progress.weight_version)
 
     def _lead(self, work: Callable[[], T]) -> T:

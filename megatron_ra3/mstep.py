@@ -9,6 +9,7 @@ from megatron_ra3.batching import TokenBatch, pack
 from megatron_ra3.latents import LatentFormat, Trajectory
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.trainer import Trainer
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.metrics import global_means
 
 
@@ -40,7 +41,8 @@ class NextToken:
         their cost out; `nats_per_token` is the plain mean that comment tokens dilute.
         """
         batches = self._batches(trajectories, latent_weight=1.0)
-        scored = [values.cpu().double() for values in self.trainer.score([batch.micro_batch for batch in batches])]
+        with TIMELINE.span("scoring"):
+            scored = [values.cpu().double() for values in self.trainer.score([batch.micro_batch for batch in batches])]
         nats = -float(sum(values.sum() for values in scored))
         code = -float(sum(values[batch.is_code].sum() for batch, values in zip(batches, scored, strict=True)))
         original = float(sum(batch.is_code.sum() for batch in batches))

@@ -16,6 +16,7 @@ from megatron_ra3.batching import micro_batch, pack, pad
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.model.trainer import Trainer
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.metrics import global_means
 from megatron_ra3.rlvr_config import RlvrConfig
 from megatron_ra3.rollout.answers import Answer
@@ -155,10 +156,12 @@ class PolicyStep:
         packing = self._pack([answer for answer, _, _ in flat])
         batches = [AnswerBatch([flat[index][0] for index in indices]) for indices in packing]
         micro_batches = [batch.micro_batch for batch in batches]
-        scored = [values.cpu() for values in self.trainer.score_with_entropy(micro_batches)]
+        with TIMELINE.span("scoring"):
+            scored = [values.cpu() for values in self.trainer.score_with_entropy(micro_batches)]
         reference: Sequence[Tensor | None] = [None] * len(batches)
         if self.reference is not None:
-            reference = [values.cpu() for values in self.reference.score(micro_batches)]
+            with TIMELINE.span("scoring, reference"):
+                reference = [values.cpu() for values in self.reference.score(micro_batches)]
         items: dict[int, _Item] = {}
         for indices, batch, values, other in zip(packing, batches, scored, reference, strict=True):
             lengths = batch.lengths.tolist()

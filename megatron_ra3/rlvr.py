@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.observe.journal import recorded
 from megatron_ra3.policy_step import Group
 from megatron_ra3.rlvr_config import RlvrRunConfig
 from megatron_ra3.rlvr_run import RlvrRun, Tally
@@ -16,7 +17,11 @@ Metrics = dict[str, float]
 
 def rlvr(config: RlvrRunConfig) -> dict[str, Any]:
     """Run, or resume, a whole RLVR; returns the summary that is also written to the run folder."""
-    with watched(Path(config.run_folder) / "stalls", config.stall_timeout_s), RlvrRun(config) as run:
+    with (
+        watched(Path(config.run_folder) / "stalls", config.stall_timeout_s),
+        recorded(config.run_folder, config.logging.timeline_megabytes),
+        RlvrRun(config) as run,
+    ):
         for phase in run.remaining_phases():
             step = PHASES[phase.name]
             for _ in run.remaining_steps(phase):

@@ -18,6 +18,7 @@ from megatron_ra3.evaluate.splits import note_training, refuse_leaks
 from megatron_ra3.lifecycle import DurableRun
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.policy_step import Group, PolicyStep
 from megatron_ra3.report.metrics import global_means
 from megatron_ra3.rlvr_config import RlvrRunConfig, TaskFileConfig
@@ -89,6 +90,8 @@ class Tally:
 class RlvrRun(DurableRun[RlvrRunConfig]):
     """Context manager around everything an RLVR run uses."""
 
+    kind = "rlvr"
+
     def __init__(self, config: RlvrRunConfig) -> None:
         assembly = assemble(config)
         self._train = load_problems(config.tasks)
@@ -155,7 +158,8 @@ class RlvrRun(DurableRun[RlvrRunConfig]):
         if self._judge is not None:
             attempts = [Attempt(item.posed.problem, answer.text) for item in sampled for answer in item.answers]
             try:
-                verdicts = self._judge.verdicts(attempts)
+                with TIMELINE.span("judging", awaits="jail"):
+                    verdicts = self._judge.verdicts(attempts)
             except (ValueError, OSError, RuntimeError) as error:
                 problem = error
         self.layout.raise_on_all(problem)

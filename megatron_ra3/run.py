@@ -20,6 +20,7 @@ from megatron_ra3.lifecycle import DurableRun
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.model.reference import Reference
 from megatron_ra3.mstep import NextToken
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.report.metrics import global_means
 from megatron_ra3.report.signatures import Detector
@@ -31,6 +32,8 @@ from megatron_ra3.schedule import phases
 
 class Run(DurableRun[RunConfig]):
     """A mid-training run."""
+
+    kind = "midtrain"
 
     def __init__(self, config: RunConfig) -> None:
         assembly = assemble(config)
@@ -213,9 +216,10 @@ class Run(DurableRun[RunConfig]):
     def _take(self, stream: ShardStream, count: int) -> Taken:
         """The replica's share of the next `count` samples; its leader reads, and all ranks agree on what is bad."""
         layout, before = self.layout, stream.state_dict()
-        records = stream.take(
-            count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
-        )
+        with TIMELINE.span("corpus"):
+            records = stream.take(
+                count, layout.dp_rank, layout.dp_size, reads=layout.is_replica_leader, gather=layout.gather_from_ranks
+            )
         consumed = Consumed.of(record.id for record in records)  # on the leader; the others have read nothing
         snippets = self.snippet_tokenizer.snippets(layout.broadcast_in_replica(records))
         return Taken(snippets, consumed, self.snippet_tokenizer.take_dropped(), before)

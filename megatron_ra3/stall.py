@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_ra3.observe.spans import TIMELINE
+
 STALLED = 76
 """Exit status of a run in which nothing moved: start it again."""
 RECORD_BYTES = 256
@@ -47,13 +49,14 @@ class Activity:
             self.doing = doing
 
     @contextlib.contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
-        """A named wait in which all ranks meet."""
+    def waiting(self, name: str, group: str = "all", root: int | None = None) -> Iterator[None]:
+        """A named wait in which ranks meet: those of `group` for one another, or for `root` (global rank) alone."""
         self.waits += 1
         self.waits_for = name
         self.moves += 1
         try:
-            yield
+            with TIMELINE.meeting(name, group, root):
+                yield
         finally:
             self.waits_for = ""
             self.moves += 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ra3.presets import ObjectiveConfig
 
 if TYPE_CHECKING:
-    from megatron_ra3.config import RunConfig, TrainerConfig
+    from megatron_ra3.config import ProfileConfig, RunConfig, TrainerConfig
 
 
 def is_local(corpus_folder: str) -> bool:
@@ -48,6 +48,15 @@ def validate_trainer(config: TrainerConfig) -> None:
         )
     if engine.block_size % 32:
         raise ValueError(f"engine.block_size={engine.block_size}: must be a multiple of 32")
+    _check_profile(config.profile)
+
+
+def _check_profile(profile: ProfileConfig) -> None:
+    steps, ranks = profile.steps, profile.ranks
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        raise ValueError(f"profile.steps={list(steps)}: write it as [FIRST, LAST], steps from 1 on, or leave it empty")
+    if steps and (not ranks or min(ranks) < 0):
+        raise ValueError(f"profile.ranks={list(ranks)}: name ranks from 0 on, or leave profile.steps empty")
 
 
 def validate(config: RunConfig) -> None:
@@ -101,6 +110,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "stall_timeout_s",
+    "logging.timeline_megabytes",
     "optimizer.weight_decay",
     "checkpoint.stop_after_steps",
     "checkpoint.keep_every_steps",

@@ -1,5 +1,6 @@
 """The whole loop, small and in process: what it writes, that stopping anywhere changes nothing, and its errors."""
 
+import gzip
 import json
 import os
 import resource
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_ra3.cli import main
 from megatron_ra3.config import RunConfig
 from megatron_ra3.corpus.manifest import Manifest, TokenForm
 from megatron_ra3.corpus.pretokenize import pretokenize_shards
 from megatron_ra3.em import midtrain
 from megatron_ra3.latents import LatentFormat
 from megatron_ra3.lifecycle import StopRequestedError
+from megatron_ra3.observe.shares import awaited, shares
+from megatron_ra3.observe.timeline import meetings, read_timeline
 from megatron_ra3.rollout.engine import EngineError, EnginesLostError
 from megatron_ra3.rollout.fleet import InProcess
 from megatron_ra3.rollout.inprocess import InProcessEngine
@@ -37,8 +41,8 @@ def _metrics(config: RunConfig) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """An uninterrupted run."""
-    config = make_config(small_corpus, tmp_path_factory.mktemp("whole"))
+    """An uninterrupted run; that a step of it is profiled changes nothing."""
+    config = make_config(small_corpus, tmp_path_factory.mktemp("whole"), "profile.steps=[4,4]")
     midtrain(config)
     return config
 
@@ -60,6 +64,25 @@ def test_a_run_writes_every_phase_its_samples_summary_and_export(whole):
     assert all(sample["text"].startswith("\n") for sample in samples)
     exported = {path.name for path in Path(whole.run_folder, "export").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+
+
+def test_a_run_can_be_looked_into(whole, capsys):
+    run = Path(whole.run_folder)
+    assert main(["timeline", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{phase} " in printed for phase in set(PHASES))
+    trace = json.loads((run / "timeline.json").read_text())["traceEvents"]
+    names = {event["name"] for event in trace if event["ph"] == "X"}
+    assert {f"{phase} {step}" for step, phase in enumerate(PHASES, 1)} <= names
+    assert {"rendezvous", "model load", "corpus", "sampling", "scoring", "backward", "optimizer"} <= names
+    assert {"weight sync", "checkpoint", "checkpoint, writing", "export"} <= names
+    (profile,) = (run / "profile").iterdir()
+    assert profile.name == "step-00000004-rank-00000.json.gz"
+    assert any("aten::" in event["name"] for event in json.loads(gzip.decompress(profile.read_bytes()))["traceEvents"])
+    assert main(["watch", "--once", str(run)]) == 0
+    screen = capsys.readouterr().out
+    assert "midtrain on 1 ranks\nstep 10 of 10, evaluate of round 1" in screen
+    assert "held-out nats_per_code_token" in screen
 
 
 def test_stored_token_ids_give_the_same_run_where_they_fit(whole, small_corpus, tmp_path, monkeypatch, capfd):
@@ -183,6 +206,12 @@ def test_two_ranks_resume_bit_for_bit(small_corpus, tmp_path, overrides):
     run_ranks(_run, 2, parts, timeout_s=300)
     assert [record["phase"] for record in _metrics(parts)] == PHASES
     assert _metrics(parts) == _metrics(whole)
+    timeline = read_timeline(Path(parts.run_folder))
+    met = list(meetings(timeline.spans))
+    assert len({members[0].start for members in met}) == 2  # before and after the stop
+    assert all({span.rank for span in members} == {0, 1} for members in met)
+    assert len({members[0].what for members in met}) > 3
+    assert {"rank 0", "rank 1"} & awaited(shares(timeline)).keys()
 
 
 def _run_out_of_disk(config: RunConfig) -> str:

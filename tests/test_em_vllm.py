@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ra3.observe.engine_times import busy_intervals
+from megatron_ra3.observe.shares import awaited, shares
+from megatron_ra3.observe.timeline import read_timeline
 from megatron_ra3.settings import to_dict
 from tests.small import make_config
 
@@ -71,6 +74,17 @@ def test_two_replicas_sample_ahead_with_a_server_each(small_corpus, tmp_path):
     ids = [[json.loads(line)["snippet_id"] for line in store.read_text().splitlines()] for store in stores]
     assert [len(each) for each in ids] == [4, 2]
     assert not set(ids[0]) & set(ids[1])
+    assert any(record.get("engine_tokens_per_second", 0) > 0 for record in metrics)
+    assert any(0 <= record.get("engine_kv_cache_usage", -1) <= 1 for record in metrics)
+    timeline = read_timeline(tmp_path / "run")
+    served = {(note.rank, note.url) for note in timeline.engines if note.values.get("standing") == "serving"}
+    assert sorted(rank for rank, _ in served) == [0, 1]
+    assert {url for _, url in served} == busy_intervals(timeline.engines).keys()
+    targets = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "prometheus").iterdir())]
+    assert [[f"http://{target}" for target in found[0]["targets"]] for found in targets] == [
+        [url] for _, url in sorted(served)
+    ]
+    assert awaited(shares(timeline))["engines"] > 1_000_000  # their start at least
     assert {"engine-00000.log", "engine-00001.log"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert not _servers(tmp_path / "run")
 

@@ -1,19 +1,22 @@
 """The logs of a run: cut back to a checkpoint or refused, a bar that knows when a run gets shorter, one wandb run."""
 
-import hashlib
 import io
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from megatron_ra3.config import load_config
+from megatron_ra3.config import LoggingConfig, load_config
+from megatron_ra3.evaluate.commands import score_metrics
 from megatron_ra3.report.metrics import MetricsLog
 from megatron_ra3.report.samples import SampleLog
 from megatron_ra3.report.signatures import Detector
 from megatron_ra3.report.summary import summarize, table
+from megatron_ra3.report.wandb_run import open_wandb
 
 
 class _Characters:
@@ -21,14 +24,12 @@ class _Characters:
         return "".join(chr(token) for token in ids)
 
 
-def _metrics(folder: Path, *, writes: bool = True, wandb_project: str = "") -> MetricsLog:
+def _metrics(folder: Path, *, writes: bool = True) -> MetricsLog:
     config = load_config(None, ["run_folder=r", "corpus.folder=c", "model.folder=m", "mstep.steps=32"])
     return MetricsLog(
         folder,
         total_steps=10,
         writes=writes,
-        wandb_project=wandb_project,
-        settings={"seed": 0},
         detector=Detector(config),
     )
 
@@ -125,14 +126,43 @@ def test_the_bar_ends_full_when_a_phase_ended_early(tmp_path, monkeypatch):
 def test_wandb_without_its_package_is_an_error_on_every_rank(tmp_path, monkeypatch, writes):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"logging\.wandb_project='p': .* pip install wandb"):
-        _metrics(tmp_path, writes=writes, wandb_project="p")
+        _open_wandb(tmp_path, "midtrain", writes=writes)
 
 
-def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    (tmp_path / "elsewhere").mkdir()
-    _metrics(tmp_path / "elsewhere" / "..", wandb_project="ra3").close()
-    (recorded,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert recorded.name.rpartition("-")[2] == hashlib.sha1(str(tmp_path.resolve()).encode()).hexdigest()[:12]
+def _open_wandb(folder: Path, job_type: str, *, group: str = "", start: Path | None = None, writes: bool = True) -> Any:
+    folder.mkdir(exist_ok=True)
+    logging = LoggingConfig(wandb_project="p", wandb_group=group)
+    return open_wandb(folder, logging, job_type=job_type, settings={"seed": 0}, start=start, writes=writes)
+
+
+def test_a_run_is_one_wandb_run_in_one_group_with_what_it_goes_back_to(tmp_path, monkeypatch):
+    """A stand-in gives back what wandb.init is called with."""
+    stand_in = ModuleType("wandb")
+    stand_in.__spec__ = ModuleSpec("wandb", None, origin="here")
+    stand_in.init = lambda **arguments: arguments
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    run = tmp_path / "ra3"
+    first = _open_wandb(run, "midtrain", start=tmp_path / "models" / "base")
+    assert first == {
+        "project": "p", "dir": str(run), "id": first["id"], "name": "ra3", "group": "ra3", "job_type": "midtrain",
+        "resume": "allow", "config": {"seed": 0},
+    }  # fmt: skip
+    assert len(first["id"]) == 12
+    run = run.rename(tmp_path / "moved")
+    requeued = _open_wandb(run, "midtrain")
+    assert (requeued["id"], requeued["group"]) == (first["id"], "ra3")
+    after = _open_wandb(tmp_path / "after", "rlvr", start=run / "export")
+    assert (after["group"], after["job_type"], after["name"]) == ("ra3", "rlvr", "after")
+    assert after["id"] != first["id"]
+    assert _open_wandb(tmp_path / "scores", "eval", start=tmp_path / "after")["group"] == "ra3"
+    assert _open_wandb(tmp_path / "other", "rlvr", start=run / "export", group="mine")["group"] == "mine"
+    renamed = _open_wandb(run, "midtrain", group="mine")
+    assert (renamed["id"], renamed["group"]) == (first["id"], "mine")
+    assert _open_wandb(run, "midtrain", writes=False) is None
+    assert open_wandb(run, LoggingConfig(), job_type="rlvr", settings={}) is None
+
+
+def test_scores_of_an_evaluation_are_metrics_of_wandb():
+    scores = {"pass@1": {"value": 0.5, "low": 0.4, "high": 0.6}, "pass@10": None}
+    result = {"suites": {"humaneval": {"models": {"ra3": {"scores": scores}}}}}
+    assert score_metrics(result) == {"humaneval/ra3/pass@1": 0.5}

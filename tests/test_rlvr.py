@@ -22,6 +22,7 @@ from megatron_ra3.evaluate.judge import Attempt
 from megatron_ra3.evaluate.sandbox import Verdict
 from megatron_ra3.lifecycle import StopRequestedError
 from megatron_ra3.model import names
+from megatron_ra3.observe.timeline import read_timeline
 from megatron_ra3.policy_step import PolicyStep
 from megatron_ra3.report.rlvr_summary import rlvr_table, summarize_rlvr
 from megatron_ra3.rlvr import rlvr
@@ -148,6 +149,9 @@ def test_a_run_trains_evaluates_and_exports(whole):
     }
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["evaluate"]["pass_rate"] == metrics[-1]["pass_rate"]
+    done = {span.what for span in read_timeline(whole).spans}
+    assert {"sampling", "judging", "scoring", "scoring, reference", "backward", "optimizer", "checkpoint"} <= done
+    assert json.loads((whole / "run.json").read_text())["kind"] == "rlvr"
 
 
 def test_a_report_shows_the_curve_and_the_held_out_pass_rate(whole, tmp_path, capsys):

@@ -322,7 +322,7 @@ def test_sent_weights_are_served_under_their_version_by_every_engine(served):
         expected = law(served.second, whole)[39:-1].gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
         assert generation.weight_version == 7
-        # Five norms, and of two layers o_proj and down_proj; vLLM joins q, k and v, gate and up, and pads the vocabulary.
+        # Five norms and, of two layers, o_proj and down_proj; vLLM joins q, k and v, gate and up, and pads the head.
         assert sync.check(Weights(served.second)) == 2 * (5 + 2 * 2)
         with pytest.raises(EngineError, match=r"o_proj.weight differs from the trainer's"):
             sync.check(Weights(served.first))

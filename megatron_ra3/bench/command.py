@@ -11,6 +11,7 @@ from megatron_ra3.bench.rollout import add_rollout_arguments, run_rollout
 from megatron_ra3.bench.sandbox import add_sandbox_arguments, run_sandbox
 from megatron_ra3.bench.stream import add_stream_arguments, run_stream
 from megatron_ra3.bench.sync import add_sync_arguments, run_sync
+from megatron_ra3.bench.timeline import add_timeline_bench_arguments, run_timeline_bench
 from megatron_ra3.bench.tokens import add_tokens_arguments, run_tokens
 from megatron_ra3.bench.tune import add_tune_arguments, run_tune
 
@@ -33,6 +34,7 @@ BENCHES = (
     ("tokens", add_tokens_arguments, run_tokens, "reading and tokenising a snippet: with stored token ids and without"),
     ("sandbox", add_sandbox_arguments, run_sandbox, "running programs: the warm jail beside a jail per program"),
     ("sync", add_sync_arguments, run_sync, "new weights into running engines: beside saving and loading them"),
+    ("timeline", add_timeline_bench_arguments, run_timeline_bench, "what a span costs: switched off, and written down"),
     ("tune", add_tune_arguments, run_tune, "find the fastest tiles of the likelihood kernels for this GPU"),
 )
 

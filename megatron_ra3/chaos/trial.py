@@ -90,7 +90,10 @@ class World:
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """All steps of a run but for what took how long."""
         records = read_metrics(self.folder / name / "run")
-        return [{key: value for key, value in item.items() if not key.endswith("seconds")} for item in records]
+        return [
+            {key: value for key, value in item.items() if not key.endswith(("seconds", "timeline_dropped"))}
+            for item in records
+        ]
 
 
 def run_trial(world: World, name: str, fault: Fault, layout: str, draw: random.Random) -> Outcome:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from megatron_ra3.corpus.reader import Chunk
+from megatron_ra3.observe.spans import TIMELINE
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class Prefetcher:
         """A chunk that was requested; waits until it is read, and raises what the reader raised."""
         read = self._kept[chunk].read
         if not read.done():
-            self._wait(chunk, read)
+            with TIMELINE.span("samples", awaits="corpus"):
+                self._wait(chunk, read)
         return read.result()
 
     def close(self) -> None:

@@ -116,6 +116,15 @@ class GradingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalLoggingConfig:
+    """Where scores go besides the result file (docs/observability.md)."""
+
+    wandb_project: str = ""
+    wandb_group: str = ""
+    """Empty: the group of the run that the first model comes from, else the name of `out_folder`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Everything of one evaluation."""
 
@@ -138,6 +147,7 @@ class EvalConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     engine: EvalEngineConfig = field(default_factory=EvalEngineConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
+    logging: EvalLoggingConfig = field(default_factory=EvalLoggingConfig)
 
     @property
     def workers(self) -> int:

@@ -4,9 +4,11 @@ The model ends in hidden states, not in logits: the likelihood kernel takes hidd
 weight, so [tokens, vocabulary] never exists. `geometry.check_config` says which configs this mapping takes.
 """
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from megatron_ra3.model import cpu
 from megatron_ra3.model.geometry import Geometry, check_config, rope
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.stall import ACTIVITY
 
 cpu.enable()
 
@@ -138,7 +141,7 @@ def transformer_config(hf_config: Mapping[str, Any], layout: ParallelLayout, dty
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - the default refuses variable lengths, experts or not
         cuda_graph_scope=[],
         calculate_per_token_loss=True,
-        finalize_model_grads_func=_finalize_summed_grads,
+        finalize_model_grads_func=partial(_finalize_summed_grads, layout.replicas if layout.dp_size > 1 else ""),
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
@@ -155,9 +158,10 @@ def _leave_uninitialised(_weight: Tensor) -> None:
     """
 
 
-def _finalize_summed_grads(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
+def _finalize_summed_grads(replicas: str, model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
     """Megatron's reduction over replicas and embeddings, without its division by a token count."""
-    finalize_model_grads(model, None, **kwargs)
+    with ACTIVITY.waiting("gradients of the replicas", replicas) if replicas else contextlib.nullcontext():
+        finalize_model_grads(model, None, **kwargs)
 
 
 def _gpt_model(

@@ -55,6 +55,11 @@ class ParallelLayout:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def replicas(self) -> str:
+        """Name of the group of ranks that hold the same part of the model."""
+        return f"replicas {self.pp_rank}.{self.tp_rank}"
+
+    @property
     def device(self) -> torch.device:
         """Where this rank's model lives."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -65,22 +70,24 @@ class ParallelLayout:
             return value
         box = [value if self.is_replica_leader else None]
         leader = dist.get_process_group_ranks(self.replica_group)[0]
-        with ACTIVITY.waiting("what the replica's leader sends"):
+        with ACTIVITY.waiting("what the replica's leader sends", f"replica {self.dp_rank}", leader):
             dist.broadcast_object_list(box, src=leader, group=self.replica_group)
         return box[0]
 
     def broadcast_from_last_stage(self, value: Tensor) -> Tensor:
         """Overwrite `value` [same shape and type on all stages] with the last stage's and return it."""
         if self.pp_size > 1:
-            with ACTIVITY.waiting("what the last pipeline stage sends"):
-                dist.broadcast(value, src=dist.get_process_group_ranks(self.pp_group)[-1], group=self.pp_group)
+            last = dist.get_process_group_ranks(self.pp_group)[-1]
+            group = f"pipeline {self.dp_rank}.{self.tp_rank}"
+            with ACTIVITY.waiting("what the last pipeline stage sends", group, last):
+                dist.broadcast(value, src=last, group=self.pp_group)
         return value
 
     def sum_over_dp(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over the replicas; every rank must call. The argument is not changed."""
         total = value.detach().clone()
         if self.dp_size > 1:
-            with ACTIVITY.waiting("sum over the replicas"):
+            with ACTIVITY.waiting("sum over the replicas", self.replicas):
                 dist.all_reduce(total, group=self.dp_group)
         return total
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_ra3.kernels import HeadCache, Precision, linear_cross_entropy, linear_logprob
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.parallel import ParallelLayout
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.stall import ACTIVITY
 
 LossFn = Callable[[int, Tensor], Tensor]
@@ -167,12 +168,14 @@ class Trainer:
         self.model.ddp.train()
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._schedule(micro_batches, head, forward_only=False)
-        own = torch.zeros((), dtype=torch.float64, device=self.layout.device)
-        if losses:
-            own = torch.stack(losses).double().sum()
-        loss = float(self.layout.sum_over_dp(self.layout.broadcast_from_last_stage(own)).item())
-        return {"loss": loss, "grad_norm": self._update(loss, lr)}
+        with TIMELINE.span("backward"):
+            losses = self._schedule(micro_batches, head, forward_only=False)
+            own = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+            if losses:
+                own = torch.stack(losses).double().sum()
+            loss = float(self.layout.sum_over_dp(self.layout.broadcast_from_last_stage(own)).item())
+        with TIMELINE.span("optimizer"):
+            return {"loss": loss, "grad_norm": self._update(loss, lr)}
 
     def _update(self, loss: float, lr: float) -> float:
         """Clip and apply the finished gradients unless they are broken; return their norm.

@@ -6,8 +6,6 @@ batch was split. The file can be cut back to a checkpoint, so a resumed run leav
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -80,11 +78,8 @@ class MetricsLog:
         folder: the run folder.
         total_steps: steps of the whole run, for the progress bar.
         writes: this process writes (global rank 0).
-        wandb_project: empty, or where to log besides; a resumed run goes on with the wandb run of its folder.
-        settings: the run's configuration, shown in wandb.
+        wandb: a run of wandb to log to besides, which ends with this; None: none.
         detector: looks for failure signatures in what is written; None: nothing does.
-
-    ValueError, on every rank: wandb is asked for but not installed.
     """
 
     def __init__(
@@ -93,34 +88,19 @@ class MetricsLog:
         *,
         total_steps: int,
         writes: bool,
-        wandb_project: str,
-        settings: Mapping[str, Any],
+        wandb: Any = None,
         detector: Detector | None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._writes = writes
         self._detector = detector
-        self._wandb: Any = None
+        self._wandb = wandb
         self._bar: tqdm[Any] | None = None
-        if wandb_project and not _is_installed("wandb"):
-            raise ValueError(
-                f"logging.wandb_project={wandb_project!r}: wandb is not installed: pip install wandb, or leave it empty"
-            )
         if not writes:
             return
         self._file = self.path.open("a", encoding="utf-8")
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
-        if wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=wandb_project,
-                dir=str(folder),
-                id=hashlib.sha1(str(folder.resolve()).encode(), usedforsecurity=False).hexdigest()[:12],
-                resume="allow",
-                config=dict(settings),
-            )
 
     @property
     def offset(self) -> int:
@@ -178,9 +158,3 @@ class MetricsLog:
                 self._bar.close()
             if self._wandb is not None:
                 self._wandb.finish()
-
-
-def _is_installed(package: str) -> bool:
-    """Without importing it; a mere folder of that name, such as wandb's own logs, has no origin."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None

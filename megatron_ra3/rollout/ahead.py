@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from megatron_ra3.latents import Snippet, Trajectory
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.report.consumed import Consumed
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerStats
@@ -147,7 +148,9 @@ class Ahead:
         ACTIVITY.moved("waiting for rollouts sampled ahead")
         started = time.monotonic()
         limit_s = longest_wait_s(self._timeout_s)
-        wait([step.rollouts], limit_s)
+        if not step.rollouts.done():
+            with TIMELINE.span("rollouts", awaits="engines"):
+                wait([step.rollouts], limit_s)
         if not step.rollouts.done():
             raise EngineError(
                 f"the engines of replica {self._replica} did not sample the rollouts of a step within {limit_s:g} s; "

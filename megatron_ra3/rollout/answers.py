@@ -14,6 +14,7 @@ from typing import Protocol
 from megatron_ra3.evaluate.problems import Problem
 from megatron_ra3.evaluate.prompts import prompt_tokens, stopped
 from megatron_ra3.latents import LatentFormat, Tokenizer
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.rollout.engine import Answer as EngineAnswer
 from megatron_ra3.rollout.engine import Engine, GenerateQuery, Generation, Query, StopRule
 
@@ -108,7 +109,8 @@ class AnswerSampler:
             for number, answer in enumerate(group)
         ]
         stop = StopRule(self._stop_ids([item.problem for item in posed]), self._check_tokens)
-        self._engine.converse(first, reply, stop)
+        with TIMELINE.span("sampling"):
+            self._engine.converse(first, reply, stop)
         return groups
 
     def _take(self, problem: Problem, answer: Answer, found: Generation) -> None:

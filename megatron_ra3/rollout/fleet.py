@@ -22,6 +22,8 @@ from megatron_ra3.latents import LatentFormat
 from megatron_ra3.model import names
 from megatron_ra3.model.build import RA3Model
 from megatron_ra3.model.trainer import MicroBatch, Trainer
+from megatron_ra3.observe.engine_figures import Figures, merged
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.rollout.engine import Engine, EngineError, EnginesLostError, GateQuery
 from megatron_ra3.rollout.health import Roster
 from megatron_ra3.rollout.inprocess import InProcessEngine
@@ -195,9 +197,11 @@ class Servers:
 
     def take_counts(self) -> dict[str, float]:
         """What happened to the engines of all replicas since the last call."""
-        own = self._replica.take_counts() if self._replica is not None else None
+        own = (self._replica.take_counts(), self._replica.take_figures()) if self._replica is not None else None
         replicas = self.layout.gather_from_leaders(own)
-        counts: dict[str, float] = {name: sum(replica[name] for replica in replicas) for name in COUNTED}
+        counts: dict[str, float] = {name: sum(each[name] for each, _ in replicas) for name in COUNTED}
+        figures: list[Figures] = [each for _, (found, _) in replicas for each in found]
+        counts |= merged(figures, sum(failed for _, (_, failed) in replicas))
         if self._waited_s:
             counts["engine_wait_seconds"], self._waited_s = self._waited_s, 0.0
         return counts
@@ -214,7 +218,10 @@ class Servers:
         if self.layout.is_replica_leader:
             rank, size = self.layout.dp_rank, self.layout.dp_size
             try:
-                self._replica = ReplicaEngines(self.config, model_folder, self._gate_ids, dp_rank=rank, dp_size=size)
+                with TIMELINE.span("engine load", awaits="engines"):
+                    self._replica = ReplicaEngines(
+                        self.config, model_folder, self._gate_ids, dp_rank=rank, dp_size=size
+                    )
             except (EngineError, ValueError, OSError) as error:
                 problem = error
         self.layout.raise_on_all(problem)
@@ -222,7 +229,8 @@ class Servers:
     def _on_leader(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """The result of the replica's leader, or its error, on all ranks of the replica."""
         outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.layout.is_replica_leader:
+        if self._replica is not None:
+            self._replica.begin_work()
             try:
                 outcome = (work(), None)
             except (EngineError, ValueError) as error:
@@ -253,7 +261,7 @@ class Servers:
             self._sync.regroup(urls)
         source = MegatronSource(self.trainer.model)
         roster = self._replica.roster if self._replica is not None else Roster()
-        with roster.moving_weights():
+        with roster.moving_weights(), TIMELINE.span("weight transfer"):
             try:
                 self._sync.send(source, version)
                 if has_new:
@@ -287,7 +295,8 @@ class Servers:
             if self.layout.rank == 0:
                 print(f"waiting for engines, for {left_s:.0f} s at most: {awaited}", flush=True)
         ACTIVITY.moved(f"waiting for engines: {awaited}")
-        time.sleep(WAIT_POLL_S)
+        with TIMELINE.span("no engine", awaits="engines"):
+            time.sleep(WAIT_POLL_S)
         self._waited_s += time.monotonic() - now_s
         return told_s
 
@@ -301,7 +310,8 @@ class Servers:
         tokens = torch.randint(self.trainer.model.vocab_size, (PROBE_SEQUENCES, PROBE_TOKENS), generator=generator)
         last = torch.arange(PROBE_SEQUENCES) * PROBE_TOKENS + PROBE_TOKENS - 1
         batch = MicroBatch(tokens, last.repeat_interleave(len(gate_ids)), torch.tensor(gate_ids * PROBE_SEQUENCES))
-        own = self.trainer.score([batch])[0].cpu()
+        with TIMELINE.span("scoring"):
+            own = self.trainer.score([batch])[0].cpu()
         queries = [GateQuery(tuple(row), (PROBE_TOKENS - 1,)) for row in tokens.tolist()]
         theirs, problem = self._on_leader(lambda: [score.logprobs[0] for score in self.engine.gate_logprobs(queries)])
         if self._any_lost(problem):

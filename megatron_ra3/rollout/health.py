@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from megatron_ra3.observe.spans import TIMELINE
+
 Standing = Literal["starting", "ready", "serving", "lost", "given up"]
 LONGEST_PAUSE_S = 60.0
 
@@ -53,15 +55,17 @@ class Roster:
     def add(self, url: str, standing: Standing) -> None:
         """Know one more engine."""
         with self._lock:
-            self._engines[url] = _Engine(standing)
+            self._put(url, _Engine(standing))
 
     def replace(self, url: str, new_url: str) -> None:
         """Put the process that is started in place of a lost one there, wherever it listens."""
         with self._lock:
+            TIMELINE.forget_engine(url)
             self._engines = {
                 new_url if known == url else known: _Engine("starting") if known == url else engine
                 for known, engine in self._engines.items()
             }
+            TIMELINE.engine(new_url, standing="starting")
 
     def serving(self) -> dict[str, int | None]:
         """Engines that may be asked, and the weight version each was sent; None: none was."""
@@ -85,7 +89,7 @@ class Roster:
             if engine.standing in ("lost", "given up"):
                 return False
             self._counts["engines_lost"] += engine.standing == "serving"
-            self._engines[url] = _Engine("lost", None, reason)
+            self._put(url, _Engine("lost", None, reason))
             left = sum(other.standing == "serving" for other in self._engines.values())
         print(f"engine {url} is out: {reason}; engines that serve on: {left}", flush=True)
         return True
@@ -93,13 +97,13 @@ class Roster:
     def give_up(self, url: str, reason: str) -> None:
         """Expect a lost engine no more."""
         with self._lock:
-            self._engines[url] = _Engine("given up", None, f"{self._engines[url].reason}; {reason}")
+            self._put(url, _Engine("given up", None, f"{self._engines[url].reason}; {reason}"))
         print(f"engine {url} is given up: {reason}", flush=True)
 
     def ready(self, url: str) -> None:
         """Note that an engine answers, with weights that nobody knows."""
         with self._lock:
-            self._engines[url] = _Engine("ready")
+            self._put(url, _Engine("ready"))
             self._counts["engines_returned"] += 1
         print(f"engine {url} answers again; it serves from the next weight sync on", flush=True)
 
@@ -107,7 +111,12 @@ class Roster:
         """Let an engine serve that has been sent weights; not one that was lost meanwhile."""
         with self._lock:
             if self._engines[url].standing in ("ready", "serving"):
-                self._engines[url] = _Engine("serving", version)
+                self._put(url, _Engine("serving", version))
+
+    def urls(self) -> list[str]:
+        """All engines, but for those that others took the place of."""
+        with self._lock:
+            return list(self._engines)
 
     def count(self, name: str, number: int = 1) -> None:
         """Add to a metric."""
@@ -156,6 +165,10 @@ class Roster:
         with self._lock:
             now = self._clock() if self._moving_since is None else self._moving_since
             return now - self._moved_s
+
+    def _put(self, url: str, engine: _Engine) -> None:
+        self._engines[url] = engine
+        TIMELINE.engine(url, standing=engine.standing, version=engine.version, reason=engine.reason)
 
 
 def overdue(open_s: float, silent_s: float, timeout_s: float) -> Literal["", "slow", "stuck"]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_ra3.config import TrainerConfig
+from megatron_ra3.observe.engine_figures import Figures, Scraper, Targets
 from megatron_ra3.rollout.engine import EngineError
 from megatron_ra3.rollout.health import Restarts, Roster
 from megatron_ra3.rollout.server import ServerConfig, answers, resume, served_model_name
@@ -52,6 +53,8 @@ class ReplicaEngines:
         self._kept: list[KeptServer] = []
         self._keeper: Keeper | None = None
         self._engine: VllmEngine | None = None
+        self._scraper: Scraper | None = None
+        self._targets = Targets(Path(config.run_folder), dp_rank)
         urls = [url.rstrip("/") for url in config.engine.urls[dp_rank::dp_size]]
         assert urls or not config.engine.urls, "every replica has a server; checked when the run was assembled"
         model = served_model_name(model_folder)
@@ -62,8 +65,11 @@ class ReplicaEngines:
                 self._start(model_folder, dp_rank)
             self._connect(model, gate_ids)
             found = [FoundServer(url, model, restart_policy(config), self.roster) for url in urls]
-            self._keeper = Keeper(self._kept, found)
+            self._tell_targets()
+            self._keeper = Keeper(self._kept, found, self._tell_targets)
             self._keeper.start()
+            if config.logging.engine_metrics:
+                self._scraper = Scraper(self.roster.present)
         except BaseException:
             self.close()
             raise
@@ -85,8 +91,19 @@ class ReplicaEngines:
         counts["engines_alive"] = len(self.roster.serving())
         return counts
 
+    def begin_work(self) -> None:
+        """Note that the engines are asked from now on."""
+        if self._scraper is not None:
+            self._scraper.ask()
+
+    def take_figures(self) -> tuple[list[Figures], int]:
+        """What engines said of themselves since the last call, and how many did not answer."""
+        return self._scraper.take() if self._scraper is not None else ([], 0)
+
     def close(self) -> None:
         """Leave the engines; stop those that were started here."""
+        if self._scraper is not None:
+            self._scraper.close()
         if self._engine is not None:
             self._engine.close()
         if self._keeper is not None:
@@ -94,6 +111,9 @@ class ReplicaEngines:
         else:
             for kept in self._kept:
                 kept.server.stop()
+
+    def _tell_targets(self) -> None:
+        self._targets.tell(self.roster.urls())
 
     def _find(self, urls: Sequence[str]) -> None:
         timeout_s = self._config.engine.start_timeout_s

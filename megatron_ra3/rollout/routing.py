@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable
 
+from megatron_ra3.observe.spans import TIMELINE
+
 PATIENCE = 16
 """A query waits for its home while that has less to do, beyond what others have, than so many queries of its size."""
 HOMES_KEPT = 65536
@@ -43,6 +45,8 @@ class Router:
         urls = list(urls)
         if urls == list(self._tokens):
             return
+        for url in set(self._tokens).difference(urls):
+            TIMELINE.open_queries(url, 0)
         self._tokens = {url: self._tokens.get(url, 0) for url in urls}
         self._open = {url: self._open.get(url, 0) for url in urls}
         self._homes = {group: url for group, url in self._homes.items() if url in self._tokens}
@@ -70,6 +74,7 @@ class Router:
         """Note a query as open at `url`, which becomes the home of its group."""
         self._tokens[url] += tokens
         self._open[url] += 1
+        TIMELINE.open_queries(url, self._open[url])
         self.moves += self._homes.get(group, url) != url
         self._homes[group] = url
         if len(self._homes) > HOMES_KEPT:
@@ -80,3 +85,4 @@ class Router:
         if url in self._tokens:
             self._tokens[url] -= tokens
             self._open[url] -= 1
+            TIMELINE.open_queries(url, self._open[url])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ra3.latents import Kind, LatentFormat, Snippet, Trajectory, log1mexp
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.rollout import window
 from megatron_ra3.rollout.engine import (
     Answer,
@@ -197,7 +198,8 @@ class Sampler:
 
         queries = ask(rollout for group in groups for rollout in group)
         if queries:
-            self._engine.converse(queries, reply, self._stop)
+            with TIMELINE.span("sampling"):
+                self._engine.converse(queries, reply, self._stop)
         assert not waiting
         self._follow_think_rate()
         return [[rollout.trajectory for rollout in group] for group in groups]

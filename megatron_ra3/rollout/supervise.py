@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_ra3.rollout.engine import EngineError
@@ -141,10 +141,14 @@ class Keeper:
     """A thread of a replica's leader that brings its servers back, started here or found.
 
     It only starts processes and asks servers whether they live; weights are sent, and engines admitted, elsewhere.
+    `then` is called after every look at all of them.
     """
 
-    def __init__(self, kept: Sequence[KeptServer], found: Sequence[FoundServer]) -> None:
+    def __init__(
+        self, kept: Sequence[KeptServer], found: Sequence[FoundServer], then: Callable[[], None] = lambda: None
+    ) -> None:
         self._kept = kept
+        self._then = then
         self._servers: list[KeptServer | FoundServer] = [*kept, *found]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine-keeper", daemon=True)
@@ -165,6 +169,7 @@ class Keeper:
         while not self._closed.wait(POLL_S):
             for server in self._servers:
                 server.keep()
+            self._then()
 
 
 class _Pulse:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from megatron_ra3.observe.spans import TIMELINE
 from megatron_ra3.rollout.dispatch import Conversation, EngineGoneError, Limits, UnansweredError
 from megatron_ra3.rollout.engine import (
     Answer,
@@ -122,7 +123,8 @@ class VllmEngine:
         conversation = Conversation(wire, self._roster, self._router, self._limits, max_tokens=stop.max_tokens)
         before = self._router.moves
         try:
-            self._runner.run(conversation.run(queries, reply))
+            with TIMELINE.span("requests", awaits="engines"):
+                self._runner.run(conversation.run(queries, reply))
         finally:
             self._roster.count("groups_moved", self._router.moves - before)
 

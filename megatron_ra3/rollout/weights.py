@@ -425,7 +425,8 @@ def _from_rank_0(value: T) -> T:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with ACTIVITY.waiting("how the weight sync went", root=0):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
