@@ -194,7 +194,7 @@ def test_gradients_equal_float64_within_rounding(precision, with_entropy):
         value = value - ((true.exp() * true).sum(1) * upstream[1]).sum()
     value.backward()
     for mine, right in ((x.grad, a.grad), (w.grad, b.grad)):
-        # Of so small a vocabulary one column is rescored; the rest leaves its rounding in the normaliser.
+        # Of so small a vocabulary two columns are rescored; the rest leaves its rounding in the normaliser.
         assert (mine.double() - right).norm() < (1e-2 if precision == "bf16" else 5e-2) * right.norm()
     assert not x.grad[4].any()
 
@@ -237,9 +237,7 @@ def test_ignored_rows_have_no_log_prob_and_no_gradient():
 class Launches(TorchDispatchMode):
     """Counts torch operations that do work, and those of Triton."""
 
-    FREE = frozenset(
-        {"empty", "new_empty", "view", "slice", "select", "transpose", "detach", "unsqueeze", "lift_fresh"}
-    )
+    FREE = frozenset({"empty", "view", "slice", "select", "transpose", "detach", "unsqueeze", "unbind"})
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
