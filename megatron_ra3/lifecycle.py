@@ -14,15 +14,19 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import torch
 
 from megatron_ra3.assembly import Assembly
 from megatron_ra3.checkpoint import Checkpoints, check_compatible, identity, model_digest
 from megatron_ra3.config import TrainerConfig
 from megatron_ra3.deadline import Deadline
-from megatron_ra3.kernels.backends import take_fallbacks
+from megatron_ra3.kernels.backends import in_use, take_fallbacks
+from megatron_ra3.kernels.tuning import table_path, tuning
 from megatron_ra3.model import names, parallel, state
 from megatron_ra3.observe.profiling import StepProfiler
 from megatron_ra3.observe.run_card import write_run_card
@@ -137,6 +141,8 @@ class DurableRun(Generic[ConfigT]):
         if self.layout.rank == 0:
             write_run_card(self.folder, self.kind, self.layout, self.phases)
         take_fallbacks()
+        if self.layout.rank == 0:
+            print("kernels:", ", ".join(f"{name} {text}" for name, text in self._kernels().items()), flush=True)
         for number in STOP_SIGNALS:
             self._handlers[number] = signal.getsignal(number)
             signal.signal(number, self._request_stop)
@@ -225,7 +231,17 @@ class DurableRun(Generic[ConfigT]):
             record["timeline_dropped"] = dropped
         if fallbacks:
             record["kernel_fallbacks"] = dict(fallbacks)
+        if self.progress.total_steps == 1:
+            record["kernels"] = self._kernels() | {"tiles": asdict(tuning())}
         return record
+
+    def _kernels(self) -> dict[str, str]:
+        """What computes rewards and losses, and where its tiles come from."""
+        trainer, width = self.assembly.trainer, self.assembly.model.hf_config["hidden_size"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        uses = {"rewards": trainer.reward_precision, "losses": trainer.loss_precision}
+        found = {name: f"{precision} ({in_use(width, precision, device)})" for name, precision in uses.items()}
+        return found | {"tiles": str(table_path()) if table_path().is_file() else "as shipped"}
 
     def _save_if_due(self) -> None:
         """Begin, go on with, or complete a save; StopRequestedError once it is complete and the run shall end."""

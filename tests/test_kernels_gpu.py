@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ra3.kernels import Precision, linear_cross_entropy, linear_logprob
+from megatron_ra3.kernels import Precision, fp8, linear_cross_entropy, linear_logprob
 from megatron_ra3.kernels.backends import take_fallbacks
 
 pytestmark = pytest.mark.gpu
@@ -71,21 +71,21 @@ def test_gradients_equal_float64_on_a_small_case(case, precision, with_entropy):
     if with_entropy:
         value = value - (law.exp() * law).sum(dim=1)
     (value * upstream.double()).sum().backward()
-    tolerance = 5e-2 if precision == "fp8_rescored" else 1e-2  # two candidates of so small a vocabulary
+    tolerance = 5e-2 if precision == "fp8_rescored" else 1e-2  # eight of 2,048 columns are exact
     for mine, expected in zip((hidden, weight), exact, strict=True):
         assert (mine.grad.double() - expected.grad).norm() < tolerance * expected.grad.norm()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_rescored"])
 def test_forward_holds_less_than_64_mb(case, precision):
-    """Beyond its inputs and, in FP8, their copies of one byte a number."""
+    """Beyond its inputs and, in FP8, their copies of one byte a number and 128 more a row."""
     hidden, weight, targets = case
     linear_logprob(hidden[:8], weight, targets[:8], vocab_size=VOCABULARY, precision=precision)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_logprob(hidden, weight, targets, vocab_size=VOCABULARY, precision=precision)
-    copies = 0 if precision == "bf16" else weight.numel() + hidden.numel()
+    copies = 0 if precision == "bf16" else (len(weight) + len(hidden)) * (HIDDEN + 2 * fp8.RANK)
     assert torch.cuda.max_memory_allocated() - before < copies + 64 * 2**20
 
 

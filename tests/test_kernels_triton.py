@@ -14,7 +14,7 @@ from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megatron_ra3.kernels import triton_backend, triton_kernels  # noqa: E402
+from megatron_ra3.kernels import fp8, triton_backend, triton_kernels  # noqa: E402
 from megatron_ra3.kernels.tuning import CANDIDATES, Tiles  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -69,19 +69,20 @@ def _check(compiled, tmp_path: Path, *, columns: int) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
 
 
-def _cases() -> list[tuple[str, bool, int, Tiles]]:
-    """All launches with the shipped tiles, which are the first candidates; the others with 4 splits."""
-    cases = [("bf16", entropy, 4, CANDIDATES["bf16"][0]) for entropy in (False, True)]
-    cases += [("fp8", entropy, 4, CANDIDATES["fp8"][0]) for entropy in (False, True)]
-    cases += [
-        ("fp8_rescored", entropy, splits, CANDIDATES["fp8"][0]) for entropy in (False, True) for splits in (1, 4, 12)
-    ]
-    cases += [("bf16", entropy, 4, tiles) for tiles in CANDIDATES["bf16"][1:] for entropy in (False, True)]
-    return cases + [("fp8_rescored", entropy, 4, tiles) for tiles in CANDIDATES["fp8"][1:] for entropy in (False, True)]
+def _cases() -> list[tuple[str, bool, int, int, Tiles]]:
+    """Splits and tiles of a group: all with the shipped tiles, which are the first candidates; the others with one."""
+    shipped, others, both = CANDIDATES["fp8"][0], CANDIDATES["fp8"][1:], (False, True)
+    cases = [("bf16", entropy, 4, 1, tiles) for tiles in CANDIDATES["bf16"] for entropy in both]
+    cases += [("fp8", entropy, 4, 1, shipped) for entropy in both]
+    cases += [("fp8_rescored", entropy, splits, 4, shipped) for entropy in both for splits in (1, 4, 12)]
+    cases += [("fp8_rescored", entropy, 4, group, shipped) for entropy in both for group in (1, 2)]
+    return cases + [("fp8_rescored", entropy, 4, 4, tiles) for tiles in others for entropy in both]
 
 
-@pytest.mark.parametrize(("precision", "with_entropy", "splits", "tiles"), _cases())
-def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, precision, with_entropy, splits, tiles):
+@pytest.mark.parametrize(("precision", "with_entropy", "splits", "group_tiles", "tiles"), _cases())
+def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(
+    tmp_path, precision, with_entropy, splits, group_tiles, tiles
+):
     quantized = precision != "bf16"
     types = {
         **_descriptors("fp8e4nv" if quantized else "bf16", tiles),
@@ -95,7 +96,7 @@ def test_forward_for_hopper_spills_nothing_and_uses_its_tensor_cores(tmp_path, p
     constants = {
         "SPLITS": splits,
         "SEGMENTS": triton_backend.SEGMENTS,
-        "GROUP_TILES": triton_backend.GROUP_TILES,
+        "GROUP_TILES": group_tiles,
         "FP8": quantized,
         "RESCORED": precision == "fp8_rescored",
         "ENTROPY": with_entropy,
@@ -124,15 +125,43 @@ def test_gradient_for_hopper_spills_nothing(tmp_path, with_entropy, tiles):
     _check(compiled, tmp_path, columns=tiles.columns)
 
 
-@pytest.mark.parametrize("element", ["bf16", "fp8e4nv"])
-def test_gathered_dots_and_projections_for_hopper(tmp_path, element):
-    types = {"x": f"*{element}", "w": f"*{element}", "columns": "*i64", "out": "*fp32", "hidden": "i32"}
-    gather = _compiled(triton_kernels.gather_dot_kernel, {"PER_ROW": 9, "BLOCK_HIDDEN": 2048}, types)
-    types = {"x": "*bf16", "rounded": "*fp8e4nv", "hidden": "i32"} | dict.fromkeys(
-        ("moments", "own", "square"), "*fp32"
-    )
-    project = _compiled(triton_kernels.projections_kernel, {"BLOCK_HIDDEN": 2048}, types)
-    assert [_spilled(compiled, tmp_path) for compiled in (gather, project)] == [0, 0]
+@pytest.mark.parametrize("rank", [16, fp8.RANK])
+def test_quantising_for_hopper(tmp_path, rank):
+    types = {"x": "*bf16", "directions": "*bf16", "values": "*fp8e4nv", "rows": "i32", "hidden": "i32"}
+    types |= dict.fromkeys(("moments", "scales"), "*fp32")
+    rows, hidden = triton_backend.QUANTIZE_BLOCK
+    constants = {"RANK": rank, "SPREAD": fp8.SPREAD, "BLOCK_ROWS": rows, "BLOCK_HIDDEN": hidden, "UPCAST": False}
+    compiled = _compiled(triton_kernels.quantize_kernel, constants, types)
+    assert _spilled(compiled, tmp_path) == 0
+    assert f"wgmma.mma_async.sync.aligned.m64n{rank}" in compiled.asm["ptx"]
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(("precision", "groups"), [("bf16", 1), ("fp8", 1), ("fp8_rescored", 256)])
+def test_finishing_rows_for_hopper(tmp_path, precision, groups, with_entropy):
+    element, candidates = "fp8e4nv" if precision == "fp8" else "bf16", fp8.CANDIDATES * (groups > 1)
+    types = {
+        **dict.fromkeys(("x", "w"), f"*{element}"),
+        **dict.fromkeys(("row_scale", "tile_scale"), "*fp32" if precision == "fp8" else "*bf16"),
+        **dict.fromkeys(("sums", "maxima", "out"), "*fp32"),
+        **dict.fromkeys(("rows", "hidden", "groups"), "i32"),
+        "targets": "*i64",
+        "columns_of_maxima": "*i32",
+        "factor": "fp32",
+    }
+    constants = {
+        "SEGMENTS": triton_backend.SEGMENTS,
+        "PARTS": triton.next_power_of_2(triton_backend.SEGMENTS),
+        "CANDIDATES": candidates,
+        "GROUPS": groups,
+        "PLACES": triton.next_power_of_2(1 + candidates),
+        "TILE": fp8.TILE,
+        "FP8": precision == "fp8",
+        "ENTROPY": with_entropy,
+        "BLOCK_HIDDEN": triton_backend.FINISH_CHANNELS,
+    }
+    assert _spilled(_compiled(triton_kernels.finish_kernel, constants, types), tmp_path) == 0
 
 
 def test_passes_over_rows_of_logits_for_hopper(tmp_path):

@@ -175,14 +175,14 @@ def random_inputs(bench: LogprobBench, seed: int) -> Inputs:
     import torch
 
     device = _device()
-    draw = torch.Generator().manual_seed(bench.seed * INPUTS + seed)
-    hidden = torch.randn(bench.rows, bench.hidden, generator=draw)
+    draw = torch.Generator(device).manual_seed(bench.seed * INPUTS + seed)
+    hidden = torch.randn(bench.rows, bench.hidden, generator=draw, device=device)
     hidden[:, : bench.outlier_channels] *= 10.0
-    weight = torch.randn(bench.vocab, bench.hidden, generator=draw)
+    weight = torch.randn(bench.vocab, bench.hidden, generator=draw, device=device)
     weight[:, : bench.outlier_channels] *= 0.3
     scale = hidden.square().sum(1).mean().sqrt() * weight.square().mean().sqrt()
     weight *= bench.logit_std / scale
-    hidden, weight = hidden.bfloat16().to(device), weight.bfloat16().to(device)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
     return Inputs(hidden, weight, _on_policy(hidden, weight, seed))
 
 
@@ -357,6 +357,20 @@ def _cut_cross_entropy(given: Inputs) -> Any:
     return -linear_cross_entropy(given.hidden, given.weight, given.targets, reduction="none")
 
 
+def _quack(given: Inputs) -> Any:
+    """QuACK: its GEMM with a log-sum-exp epilogue, no logits kept; with gradients its chunked loss, summed."""
+    import torch
+    from quack.epilogue.library import lse_target_epi
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if not given.hidden.is_cuda:
+        raise NotImplementedError("QuACK's kernels need a GPU")
+    if torch.is_grad_enabled():
+        return -chunked_linear_cross_entropy(given.hidden, given.weight, given.targets, reduction="sum")
+    found = lse_target_epi(given.hidden, given.weight.mT, store_d=False, target=given.targets, tuned=False)
+    return found["target_logit"] - found["lse"]
+
+
 PROVIDERS: dict[str, Callable[[Inputs], Any]] = {
     "ours fp32": _ours("fp32"),
     "ours bf16": _ours("bf16"),
@@ -372,10 +386,13 @@ PROVIDERS: dict[str, Callable[[Inputs], Any]] = {
     "liger scaled": _liger_scaled,
     "verl": _verl,
     "cut-cross-entropy": _cut_cross_entropy,
+    "quack": _quack,
 }
 NO_GRADIENT = ("ours fp8", "torch._scaled_mm")
 FP8 = ("ours fp8", "ours fp8_rescored", "torch._scaled_mm")
-BF16_PEERS = ("torch eager", "torch chunked", "torch.compile", "liger", "liger scaled", "verl", "cut-cross-entropy")
+BF16_PEERS = (
+    "torch eager", "torch chunked", "torch.compile", "liger", "liger scaled", "verl", "cut-cross-entropy", "quack",
+)  # fmt: skip
 
 
 # --- measuring
@@ -408,7 +425,13 @@ def _runnable(
             with torch.set_grad_enabled(isinstance(run, functools.partial)):
                 run(given)
             found[name] = run
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: also out of memory
+        except (
+            AssertionError,
+            ImportError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # out of memory too
             skipped[name + what] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return found
 

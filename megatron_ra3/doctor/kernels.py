@@ -20,7 +20,6 @@ def kernels(config: TrainerConfig | None = None) -> Iterator[Finding]:
 
     from megatron_ra3.assembly import precision_of
     from megatron_ra3.kernels import Precision, backends
-    from megatron_ra3.kernels.problem import Options
     from megatron_ra3.kernels.tuning import table_path, tuning
 
     tuning()
@@ -29,18 +28,15 @@ def kernels(config: TrainerConfig | None = None) -> Iterator[Finding]:
     yield Finding("kernels", "tiles", "ok", f"{table_path()}" if tuned else "as shipped", untuned_fix)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = _hidden_size(config) if config else DEFAULT_WIDTH
-    hidden, target = torch.zeros(1, width, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     uses: dict[Precision, list[str]] = {}
     if config:
         uses.setdefault(precision_of(config, config.model.reward_precision), []).append("rewards")
         uses.setdefault(precision_of(config, config.model.loss_precision), []).append("losses and all else")
     for precision in get_args(Precision):
-        problem = Options(None, 1, 1.0, precision).problem(hidden, hidden, target)
-        reason = None if precision == "fp32" else backends.refusal(problem, precision)
-        backend = "torch, exact" if precision == "fp32" else f"torch: {reason}" if reason else "Triton"
+        backend = backends.in_use(width, precision, device)
         wanted = uses.get(precision, [])
         text = f"{backend}, at hidden size {width}" + (f"; this run's {' and '.join(wanted)}" if wanted else "")
-        amiss = bool(reason and wanted)
+        amiss = bool(wanted) and precision != "fp32" and backend != "Triton"
         fix = "run on a GPU that the kernels take, or set model.dtype and its precisions to fp32" if amiss else ""
         yield Finding("kernels", precision, "failed" if amiss else "ok", text, fix)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ra3.kernels import fp8, reference
 from megatron_ra3.kernels.partials import Merged, Normaliser
-from megatron_ra3.kernels.problem import Gradients, LossGradients, Problem
+from megatron_ra3.kernels.problem import Gradients, LossGradients, Options, Problem
 
 if TYPE_CHECKING:
     from megatron_ra3.kernels.fp8 import HeadCache
@@ -80,6 +80,15 @@ def choose(problem: Problem, precision: Precision) -> Backend:
         return _triton_backend()
     _FALLBACKS[reason] += 1
     return TorchBackend()
+
+
+def in_use(hidden_size: int, precision: Precision, device: str) -> str:
+    """Which backend takes a precision of an output layer of this hidden size: `Triton`, or `torch` and why."""
+    if precision == "fp32":
+        return "torch, exact"
+    hidden, target = torch.zeros(1, hidden_size, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    reason = refusal(Options(None, 1, 1.0, precision).problem(hidden, hidden, target), precision)
+    return f"torch: {reason}" if reason else "Triton"
 
 
 def take_fallbacks() -> Counter[str]:

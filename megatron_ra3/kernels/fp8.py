@@ -1,18 +1,20 @@
 """FP8 likelihoods: quantisation to e4m3, its cache, and the exact rescoring that makes eight bits enough.
 
-Rounding to three mantissa bits moves a log-prob by some 0.07 nats, whatever the scales, and nearly all of it comes from
-the few largest logits and the target's. So the target is kept out of the FP8 sum, the largest logit of each group
-of `GROUP` columns is a candidate, and the best `CANDIDATES` of these and the target are computed again in high
-precision and put back. Mixing an exact target with an FP8 sum that contains it would give log-probs above 0.
+Rounding to three mantissa bits moves a log-prob by some 0.07 nats, whatever the scales. Three things undo it:
 
-Of what is left most comes from the hidden state: its rounding error moves all logits of a row together, along the
-columns' mean under the law, which points where the hidden state does. `quantize_hidden` therefore scales every rounded
-row so that it keeps its projection on the original, in the metric of the head's second moments.
+- Most of it comes from the few largest logits and the target's. So the target is kept out of the FP8 sum, the largest
+  logit of each group of columns is a candidate, and the best `CANDIDATES` of these and the target are computed again in
+  high precision and put back. Mixing an exact target with an FP8 sum that contains it would give log-probs above 0.
+- What is left are sums over the rest of the vocabulary, in which only errors count that many columns share: those of
+  the hidden state, and of the weights along it. They share them along few directions, the principal ones of the head's
+  columns. The products of `RANK` such directions with the rounding errors are written behind the channels of both
+  operands, so that the same matrix product adds what rounding took: x w = x^ w^ + (P dx) (P w) + (P x) (P dw) + rest.
+- Where columns have no such directions, their mean under the law still points where the hidden state does. Every
+  rounded row is scaled so that it keeps its projection on the original, in the metric of the head's second moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +26,16 @@ from megatron_ra3.kernels.problem import Problem
 E4M3_MAX = 448.0
 TILE = 256
 """Rows of the weight that share a scale."""
-GROUP = 1024
-"""Columns of the logits of which only the largest can be a candidate."""
+MAX_GROUPS = 160
+"""Most groups of columns that the logits are cut into; only the largest of a group can be a candidate."""
 CANDIDATES = 8
+RANK = 64
+"""Directions along which rounding errors are kept: 128 channels more, as much as one step of the matrix product."""
+SPREAD = 16.0
+"""What the products of errors are multiplied by, and their partners divided, so that both lie in the range of e4m3."""
+SAMPLED_ROWS = 4096
+"""Rows of the head, at equal distances, that its principal directions are found from."""
+SUBSPACE_ITERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,11 @@ def quantize(tensor: Tensor, rows_per_scale: int) -> Quantized:
     A NaN or an infinity spoils the rows that share its scale, and no others.
     """
     values = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device=tensor.device)
+    return Quantized(values, _fill(values, tensor, rows_per_scale), rows_per_scale)
+
+
+def _fill(values: Tensor, tensor: Tensor, rows_per_scale: int) -> Tensor:
+    """Write `tensor` [rows, H] into `values` in e4m3; the scales."""
     scales = torch.ones(-(-len(tensor) // rows_per_scale), device=tensor.device)
     blocks = max(1, reference.MAX_CHUNK_ELEMENTS // (tensor.shape[1] * rows_per_scale))
     for first in range(0, len(scales), blocks):
@@ -60,50 +74,73 @@ def quantize(tensor: Tensor, rows_per_scale: int) -> Quantized:
         amax = torch.nn.functional.pad(exact.abs().amax(dim=1), (0, -len(exact) % rows_per_scale))
         amax = amax.view(-1, rows_per_scale).amax(dim=1)
         scale = torch.where(amax == 0.0, 1.0, amax / E4M3_MAX)
-        by_row = scale.repeat_interleave(rows_per_scale)[: len(exact), None]
-        values[rows] = (exact / by_row).clamp_(-E4M3_MAX, E4M3_MAX).to(values.dtype)
+        values[rows] = _to_e4m3(exact / scale.repeat_interleave(rows_per_scale)[: len(exact), None])
         scales[first : first + blocks] = scale
-    return Quantized(values, scales, rows_per_scale)
+    return scales
+
+
+def _to_e4m3(tensor: Tensor) -> Tensor:
+    return tensor.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output layer's weight in e4m3, and the mean square [H] of each of its channels."""
+    """The output layer's weight in e4m3 [V, H + 2 r], and what hidden states are rounded by."""
 
     weight: Quantized
     moments: Tensor
+    """Mean square [H] of each channel."""
+    directions: Tensor
+    """Principal directions [H, r] of the columns of logits, the rows of the weight; bf16."""
 
     @classmethod
     def of(cls, weight: Tensor) -> Head:
         """Of `weight` [V, H]; a shard without a real token has moments of 1."""
-        if not len(weight):
-            return cls(quantize(weight, TILE), torch.ones(weight.shape[1], device=weight.device))
-        squares = torch.zeros(weight.shape[1], device=weight.device)
-        for rows in reference.row_chunks(len(weight), weight.shape[1]):
-            squares += weight[rows].float().square().sum(dim=0)
-        return cls(quantize(weight, TILE), squares / len(weight))
+        rows, width = weight.shape
+        directions = principal_directions(weight)
+        rank, exact_directions = directions.shape[1], directions.float()
+        values = torch.empty(rows, width + 2 * rank, dtype=torch.float8_e4m3fn, device=weight.device)
+        found = Quantized(values, _fill(values[:, :width], weight, TILE), TILE)
+        scales, squares = found.row_scales()[:, None], torch.zeros(width, device=weight.device)
+        for part in reference.row_chunks(rows, width):
+            exact, scale = weight[part].float(), scales[part]
+            squares += exact.square().sum(dim=0)
+            lost = (exact - scale * values[part, :width].float()) @ exact_directions
+            values[part, width : width + rank] = _to_e4m3(exact @ exact_directions / (SPREAD * scale))
+            values[part, width + rank :] = _to_e4m3(lost * SPREAD / scale)
+        return cls(found, squares / rows if rows else torch.ones_like(squares), directions)
 
 
-Projections = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Of x [N, H] and x^ [N, H] in the metric m [H]: sum_h m_h x_h x^_h and sum_h m_h x^_h^2, [N] each."""
+def principal_directions(weight: Tensor) -> Tensor:
+    """Orthonormal directions [H, r] that hold most of the second moment of the rows of `weight` [V, H], in bf16.
+
+    r is `RANK`, in smaller spaces the largest power of two that fits. By subspace iteration from fixed random ones.
+    """
+    width = weight.shape[1]
+    rank = 1 << (min(RANK, width).bit_length() - 1)
+    sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].float()
+    found = torch.randn(width, rank, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    for _ in range(SUBSPACE_ITERATIONS):
+        found = torch.linalg.qr(sample.T @ (sample @ found)).Q
+    return found.bfloat16().contiguous()
 
 
-def projections(hidden: Tensor, rounded: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """`Projections` in torch."""
-    own, square = hidden.new_empty(len(hidden), dtype=torch.float32), moments.new_empty(len(hidden))
-    for rows in reference.row_chunks(len(hidden), hidden.shape[1]):
-        values = rounded[rows].float()
-        weighted = values * moments
-        own[rows] = (hidden[rows].float() * weighted).sum(dim=1)
-        square[rows] = (values * weighted).sum(dim=1)
-    return own, square
-
-
-def quantize_hidden(hidden: Tensor, head: Head, project: Projections = projections) -> Quantized:
-    """Hidden states [N, H] in e4m3, every row scaled to keep its projection on the original (see the module)."""
-    rounded = quantize(hidden, 1)
-    own, square = project(hidden, rounded.values, head.moments)
-    return Quantized(rounded.values, torch.where(square == 0.0, rounded.scales, own / square), 1)
+def quantize_hidden(hidden: Tensor, head: Head) -> Quantized:
+    """Hidden states [N, H] in e4m3 [N, H + 2 r]: every row scaled to keep its projection, errors behind (see above)."""
+    (rows, width), rank = hidden.shape, head.directions.shape[1]
+    directions = head.directions.float()
+    values = torch.empty(rows, width + 2 * rank, dtype=torch.float8_e4m3fn, device=hidden.device)
+    scales = _fill(values[:, :width], hidden, 1)
+    for part in reference.row_chunks(rows, width):
+        exact, rounded = hidden[part].float(), values[part, :width].float()
+        weighted = rounded * head.moments
+        own, square = (exact * weighted).sum(dim=1), (rounded * weighted).sum(dim=1)
+        scales[part] = torch.where(square == 0.0, scales[part], own / square)
+        scale, projected = scales[part, None], exact @ directions
+        lost = projected - scale * (rounded @ directions)
+        values[part, width : width + rank] = _to_e4m3(lost * SPREAD / scale)
+        values[part, width + rank :] = _to_e4m3(projected / (SPREAD * scale))
+    return Quantized(values, scales, 1)
 
 
 class HeadCache:
@@ -134,11 +171,19 @@ class GroupMaxima:
     columns: Tensor
 
 
+def group_columns(vocab: int) -> int:
+    """Columns of a group: a power of two of tiles, the fewest with which there are no more than `MAX_GROUPS`."""
+    columns = TILE
+    while vocab > columns * MAX_GROUPS:
+        columns *= 2
+    return columns
+
+
 def forward(problem: Problem, head: Head, *, rescored: bool) -> Tensor:
     """Partials [4, N] (see `partials`) from e4m3 operands, in plain torch; `rescored` as the module says."""
     hidden, weight = quantize_hidden(problem.hidden, head).dequantized(), head.weight.dequantized()
     found = partials.empty(len(hidden), hidden)
-    groups = -(-len(weight) // GROUP)
+    groups = -(-len(weight) // group_columns(len(weight)))
     maxima = GroupMaxima(
         hidden.new_full((groups, len(hidden)), partials.NOTHING),
         torch.zeros(groups, len(hidden), dtype=torch.int64, device=hidden.device),
@@ -153,19 +198,18 @@ def forward(problem: Problem, head: Head, *, rescored: bool) -> Tensor:
         else:
             found[partials.TARGET, rows] = (logits * is_target).sum(dim=1)
         found[: partials.TARGET, rows] = reference.sums(logits, with_entropy=problem.with_entropy)
-    return rescore(problem, found, maxima, reference.gather_dot) if rescored else found
+    return _rescore(problem, found, maxima) if rescored else found
 
 
 def _keep_maxima(maxima: GroupMaxima, rows: slice, logits: Tensor) -> None:
-    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % GROUP), value=partials.NOTHING)
-    best, column = padded.view(len(logits), -1, GROUP).max(dim=2)
+    size = group_columns(logits.shape[1])
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % size), value=partials.NOTHING)
+    best, column = padded.view(len(logits), -1, size).max(dim=2)
     maxima.logits[:, rows] = best.T
-    maxima.columns[:, rows] = column.T + GROUP * torch.arange(len(maxima.columns), device=column.device)[:, None]
+    maxima.columns[:, rows] = column.T + size * torch.arange(len(maxima.columns), device=column.device)[:, None]
 
 
-def rescore(
-    problem: Problem, found: Tensor, maxima: GroupMaxima, gather_dot: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
+def _rescore(problem: Problem, found: Tensor, maxima: GroupMaxima) -> Tensor:
     """Partials [4, N] from sums over all but the target, [3 or 4, N]: its exact logit and the best candidates' enter.
 
     A candidate's FP8 logit leaves the sums and its exact one enters, so no column counts twice. In fp64, where numbers
@@ -176,7 +220,7 @@ def rescore(
     columns = torch.cat([problem.local_targets[None], maxima.columns.gather(0, group)])
     exact = rough.new_zeros(columns.shape)
     if len(problem.weight):
-        exact = gather_dot(problem.hidden, problem.weight, columns.T).T * problem.inverse_temperature
+        exact = reference.gather_dot(problem.hidden, problem.weight, columns.T).T * problem.inverse_temperature
     counts = torch.cat([problem.owned[None], rough > 0.5 * partials.NOTHING])
     target = torch.where(problem.owned, exact[0], 0.0)
     exact = torch.where(counts, exact, partials.NOTHING).double()

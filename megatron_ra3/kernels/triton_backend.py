@@ -7,7 +7,7 @@ the interpreter is wrong about bf16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -20,10 +20,10 @@ from megatron_ra3.kernels.partials import Merged, Normaliser
 from megatron_ra3.kernels.problem import Gradients, LossGradients, Problem
 from megatron_ra3.kernels.triton_kernels import (
     cross_entropy_gradient_kernel,
+    finish_kernel,
     forward_kernel,
-    gather_dot_kernel,
     gradient_kernel,
-    projections_kernel,
+    quantize_kernel,
     row_sums_kernel,
 )
 from megatron_ra3.kernels.tuning import Tiles, tuning
@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 SEGMENTS = 12
 """Parts of the vocabulary with sums of their own: fixed, so that a row's result does not depend on the launch."""
-GROUP_TILES = fp8.GROUP // fp8.TILE
 INTERPRETED_PROGRAMS = 2
 COLUMNS_AT_ONCE = 4096
 """Columns that a pass over rows of logits holds at a time."""
+QUANTIZE_BLOCK = (64, 64)
+"""Rows and channels that a program quantises at a time."""
+FINISH_CHANNELS = 256
+"""Channels at a time of the products that finish a row."""
 
 
 class TritonBackend:
@@ -47,15 +50,14 @@ class TritonBackend:
     def forward(self, problem: Problem, precision: Precision, cache: HeadCache | None) -> Tensor:
         """Partials [4, N] of this shard."""
         if precision == "bf16":
-            found, _ = _sums(problem, problem.hidden, problem.weight, tuning().bf16, rescored=False)
-            return _with_targets(problem, found, _target_products(problem, problem.hidden, problem.weight))
+            operands = Operands(problem.hidden, problem.weight)
+            return _finished(problem, operands, _sums(problem, operands, tuning().bf16, rescored=False))
         head = quantized_head(problem, cache)
-        hidden, weight = fp8.quantize_hidden(problem.hidden, head, projections), head.weight
-        found, maxima = _sums(problem, hidden, weight, tuning().fp8, rescored=precision == "fp8_rescored")
-        if maxima is not None:
-            return fp8.rescore(problem, found, maxima, gather_dot)
-        scales = hidden.scales * weight.scales[problem.local_targets // fp8.TILE]
-        return _with_targets(problem, found, scales * _target_products(problem, hidden.values, weight.values))
+        hidden = quantize_hidden(problem.hidden, head)
+        rough = Operands(hidden.values, head.weight.values, hidden.scales, head.weight.scales)
+        rescored = precision == "fp8_rescored"
+        sums = _sums(problem, rough, tuning().fp8, rescored=rescored)
+        return _finished(problem, Operands(problem.hidden, problem.weight) if rescored else rough, sums)
 
     def backward(self, problem: Problem, norm: Normaliser, entropy: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Gradients of hidden [N, H], this shard's part, in fp32, and of weight [V, H]."""
@@ -133,72 +135,88 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
 
 
-def gather_dot(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """Dot products hidden [N, H] · weight[columns] for columns [N, k] int64: [N, k] in fp32."""
-    columns = columns.contiguous()
-    out = torch.empty(columns.shape, dtype=torch.float32, device=hidden.device)
-    gather_dot_kernel[columns.shape](
-        hidden.contiguous(), weight.contiguous(), columns, out, hidden.shape[1],
-        PER_ROW=columns.shape[1], BLOCK_HIDDEN=_block(hidden),
+class Operands(NamedTuple):
+    """x [N, K] and w [V, K]; of e4m3 with the scales of x's rows [N] and w's tiles."""
+
+    x: Tensor
+    w: Tensor
+    row_scales: Tensor | None = None
+    tile_scales: Tensor | None = None
+
+
+class Sums(NamedTuple):
+    """What `forward_kernel` leaves: sums [SEGMENTS, 3, N], group maxima and their columns [groups, N], in log2 units.
+
+    No groups unless they are to be rescored. `targets` [N] are -1 where another shard owns them.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+def quantize_hidden(hidden: Tensor, head: fp8.Head) -> fp8.Quantized:
+    """`fp8.quantize_hidden` in one kernel; a row's result does not depend on how many rows there are."""
+    (rows, width), rank = hidden.shape, head.directions.shape[1]
+    values = torch.empty(rows, width + 2 * rank, dtype=torch.float8_e4m3fn, device=hidden.device)
+    scales = torch.empty(rows, device=hidden.device)
+    block_rows, block_hidden = QUANTIZE_BLOCK
+    quantize_kernel[(triton.cdiv(rows, block_rows),)](
+        hidden.contiguous(), head.moments, head.directions, values, scales, rows, width,
+        RANK=rank, SPREAD=fp8.SPREAD, BLOCK_ROWS=block_rows, BLOCK_HIDDEN=block_hidden, UPCAST=_upcasts(hidden),
+    )  # fmt: skip
+    return fp8.Quantized(values, scales, 1)
+
+
+def _sums(problem: Problem, operands: Operands, tiles: Tiles, *, rescored: bool) -> Sums:
+    rows, vocab = len(problem.hidden), len(problem.weight)
+    x, w, row_scales, tile_scales = operands
+    quantized = row_scales is not None
+    assert not quantized or tiles.columns == fp8.TILE
+    group_tiles = fp8.group_columns(vocab) // fp8.TILE if rescored else 1
+    groups = triton.cdiv(vocab, fp8.group_columns(vocab)) if rescored else 0
+    found = Sums(
+        torch.empty(SEGMENTS, 3, rows, device=x.device),
+        torch.empty(groups, rows, device=x.device),
+        torch.empty(groups, rows, dtype=torch.int32, device=x.device),
+        torch.where(problem.owned, problem.local_targets, -1),
+    )
+    row_programs, splits = _launch(rows, tiles.rows, x.shape[1] * x.element_size(), x.device)
+    forward_kernel[(row_programs * splits,)](
+        _descriptor(x, tiles.rows, tiles.hidden), _descriptor(w, tiles.columns, tiles.hidden),
+        row_scales if quantized else x, tile_scales if quantized else w,
+        found.targets, found.sums, found.maxima, found.columns,
+        rows, vocab, x.shape[1], problem.inverse_temperature * LOG2_E, row_programs,
+        segment_tiles(vocab, tiles, group_tiles),
+        SPLITS=splits, SEGMENTS=SEGMENTS, GROUP_TILES=group_tiles, **tiles.blocks(),
+        FP8=quantized, RESCORED=rescored, ENTROPY=problem.with_entropy, UPCAST=_upcasts(x),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return found
+
+
+def _finished(problem: Problem, operands: Operands, sums: Sums) -> Tensor:
+    """Partials [4, N] from sums and the target's logit, and with group maxima the candidates', of the operands."""
+    x, w, row_scales, tile_scales = operands
+    quantized, groups = row_scales is not None, len(sums.maxima)
+    candidates = fp8.CANDIDATES if groups else 0
+    out = torch.empty(4, len(x), device=x.device)
+    finish_kernel[(len(x),)](
+        x.contiguous(), w.contiguous(), row_scales if quantized else x, tile_scales if quantized else w,
+        sums.targets, sums.sums, sums.maxima, sums.columns, out,
+        len(x), x.shape[1], groups, problem.inverse_temperature * LOG2_E,
+        SEGMENTS=SEGMENTS, PARTS=triton.next_power_of_2(SEGMENTS), CANDIDATES=candidates,
+        GROUPS=triton.next_power_of_2(max(groups, 1)), PLACES=triton.next_power_of_2(1 + candidates),
+        TILE=fp8.TILE, FP8=quantized, ENTROPY=problem.with_entropy, BLOCK_HIDDEN=FINISH_CHANNELS,
     )  # fmt: skip
     return out
 
 
-def projections(hidden: Tensor, rounded: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """`fp8.Projections`; unlike torch's sums, a row's do not depend on how many rows there are."""
-    own, square = torch.empty(2, len(hidden), device=hidden.device)
-    projections_kernel[(len(hidden),)](
-        hidden.contiguous(), rounded, moments, own, square, hidden.shape[1], BLOCK_HIDDEN=_block(hidden)
-    )
-    return own, square
-
-
-def _block(hidden: Tensor) -> int:
-    return min(2048, int(triton.next_power_of_2(hidden.shape[1])))
-
-
-def _target_products(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
-    return gather_dot(hidden, weight, problem.local_targets[:, None]).squeeze(1)
-
-
-def _with_targets(problem: Problem, sums: Tensor, products: Tensor) -> Tensor:
-    """Sums [3, N] and the products of hidden states with their targets' rows as partials [4, N]."""
-    target = torch.where(problem.owned, products * problem.inverse_temperature, 0.0)
-    return torch.cat([sums, target[None]])
-
-
-def _sums(
-    problem: Problem, hidden: Tensor | fp8.Quantized, weight: Tensor | fp8.Quantized, tiles: Tiles, *, rescored: bool
-) -> tuple[Tensor, fp8.GroupMaxima | None]:
-    """The first three rows of partials, [3, N], in nats, and the group maxima where they are to be rescored."""
-    rows, vocab = len(problem.hidden), len(problem.weight)
-    device = problem.hidden.device
-    quantized = isinstance(hidden, fp8.Quantized)
-    assert not quantized or tiles.columns == fp8.TILE
-    x, row_scale = (hidden.values, hidden.scales) if isinstance(hidden, fp8.Quantized) else (hidden, hidden)
-    w, tile_scale = (weight.values, weight.scales) if isinstance(weight, fp8.Quantized) else (weight, weight)
-    groups = triton.cdiv(vocab, fp8.GROUP)
-    sums = torch.empty(SEGMENTS, 3, rows, device=device)
-    maxima = torch.empty(groups if rescored else 0, rows, device=device)
-    columns = torch.empty(maxima.shape, dtype=torch.int32, device=device)
-    row_programs, splits = _launch(rows, tiles.rows, x.shape[1] * x.element_size(), device)
-    forward_kernel[(row_programs * splits,)](
-        _descriptor(x, tiles.rows, tiles.hidden), _descriptor(w, tiles.columns, tiles.hidden), row_scale, tile_scale,
-        torch.where(problem.owned, problem.local_targets, -1), sums, maxima, columns,
-        rows, vocab, x.shape[1], problem.inverse_temperature * LOG2_E, row_programs, segment_tiles(vocab, tiles),
-        SPLITS=splits, SEGMENTS=SEGMENTS, GROUP_TILES=GROUP_TILES, **tiles.blocks(),
-        FP8=quantized, RESCORED=rescored, ENTROPY=problem.with_entropy, UPCAST=_upcasts(x),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    for number in (partials.MAX, partials.WEIGHTED):
-        sums[:, number] /= LOG2_E
-    return partials.add_up(sums), fp8.GroupMaxima(maxima / LOG2_E, columns.long()) if rescored else None
-
-
-def segment_tiles(vocab: int, tiles: Tiles) -> int:
+def segment_tiles(vocab: int, tiles: Tiles, group_tiles: int) -> int:
     """Tiles of a segment: a whole number of groups, and SEGMENTS of them hold the vocabulary."""
-    groups = triton.cdiv(triton.cdiv(vocab, tiles.columns), GROUP_TILES)
-    return int(triton.cdiv(groups, SEGMENTS) * GROUP_TILES)
+    groups = triton.cdiv(triton.cdiv(vocab, tiles.columns), group_tiles)
+    return int(triton.cdiv(groups, SEGMENTS) * group_tiles)
 
 
 def _gradient(problem: Problem, columns: slice, lse: Tensor, entropy: Tensor, grads: Gradients) -> Tensor:

@@ -1,5 +1,7 @@
 """Triton kernels for Hopper: the fused forward over vocabulary tiles, its gradient's blocks, and passes over rows.
 
+A pass of log-probs is one kernel to quantise the hidden states (in FP8), one over the tiles, one to finish its rows.
+
 Forward: a program keeps a tile of rows and walks the tiles of a vocabulary segment, the running maximum and sum in
 registers, so nothing is written per logit, there are no atomics, and a row's result depends neither on how many rows
 there are nor on where it stands. Logits are in units of log 2 and already divided by the temperature.
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 
 NOTHING: tl.constexpr = tl.constexpr(-1e30)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 COLUMN_BITS: tl.constexpr = tl.constexpr(255)
 """A logit's low mantissa bits, in which fp8 logits carry their column within a tile of 256: the maximum then brings its
 column along. It moves a logit by 2^-15 of itself, far below e4m3's rounding, and the sum adds the moved one."""
@@ -128,7 +131,7 @@ def gradient_kernel(
     is_target = column[None, :] == tl.load(targets + row, mask=inside, other=-1)[:, None]
     grad = upstream[:, None] * (tl.where(is_target, 1.0, 0.0) - likelihood)
     if ENTROPY:
-        nats = 0.6931471805599453 * logprob + tl.load(entropy + row, mask=inside, other=0.0)[:, None]
+        nats = LN_2 * logprob + tl.load(entropy + row, mask=inside, other=0.0)[:, None]
         grad -= tl.load(grad_entropy + row, mask=inside, other=0.0)[:, None] * likelihood * nats
     grad = tl.where(column[None, :] < vocab, grad * inverse_temperature, 0.0)
     place = out + row[:, None].to(tl.int64) * out_columns + here[None, :]
@@ -179,38 +182,148 @@ def cross_entropy_gradient_kernel(
 
 
 @triton.jit
-def gather_dot_kernel(
-    x, w, columns, out, hidden, PER_ROW: tl.constexpr, BLOCK_HIDDEN: tl.constexpr
-):  # fmt: skip
-    """Fill out [rows, PER_ROW] with x[row] · w[columns[row, k]], in fp32; one program per number."""
-    row, k = tl.program_id(0), tl.program_id(1)
-    column = tl.load(columns + row * PER_ROW + k).to(tl.int64)
-    total = tl.zeros((BLOCK_HIDDEN,), tl.float32)
-    for start in range(0, hidden, BLOCK_HIDDEN):
-        place = start + tl.arange(0, BLOCK_HIDDEN)
-        inside = place < hidden
-        left = tl.load(x + row.to(tl.int64) * hidden + place, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(w + column * hidden + place, mask=inside, other=0.0).to(tl.float32)
-        total += left * right
-    tl.store(out + row * PER_ROW + k, tl.sum(total, 0))
+def _to_e4m3(x):
+    """To the nearest number of e4m3, ties to even, at most 448; NaN stays. What is cast is already rounded: exact."""
+    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    subnormal = (x + 24576.0) - 24576.0  # of a step of 2^-9 each, as numbers near 1.5 * 2^14 are
+    return tl.where(tl.abs(x) < 0.015625, subnormal, normal).to(tl.float8e4nv)
 
 
 @triton.jit
-def projections_kernel(
-    x, rounded, moments, own, square, hidden, BLOCK_HIDDEN: tl.constexpr
+def quantize_kernel(
+    x, moments, directions, values, scales, rows, hidden,
+    RANK: tl.constexpr, SPREAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Fill own and square [rows] with sum_h m_h x_h x^_h and sum_h m_h x^_h^2; one program per row."""
-    row = tl.program_id(0)
-    crossed = tl.zeros((BLOCK_HIDDEN,), tl.float32)
-    squared = tl.zeros((BLOCK_HIDDEN,), tl.float32)
+    """Fill values [rows, hidden + 2 RANK] in e4m3 and scales [rows] with what `fp8.quantize_hidden` says of x."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < rows
+    own_row = x + row[:, None].to(tl.int64) * hidden
+    own_values = values + row[:, None].to(tl.int64) * (hidden + 2 * RANK)
+    largest = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, hidden, BLOCK_HIDDEN):
         place = start + tl.arange(0, BLOCK_HIDDEN)
-        inside = place < hidden
-        there = row.to(tl.int64) * hidden + place
-        left = tl.load(x + there, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(rounded + there, mask=inside, other=0.0).to(tl.float32)
-        weighted = right * tl.load(moments + place, mask=inside, other=0.0)
-        crossed += left * weighted
-        squared += right * weighted
-    tl.store(own + row, tl.sum(crossed, 0))
-    tl.store(square + row, tl.sum(squared, 0))
+        exact = tl.load(own_row + place, mask=inside[:, None] & (place < hidden), other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(exact), 1))
+    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, tl.full((BLOCK_ROWS,), 448.0, tl.float32)))
+    own = tl.zeros((BLOCK_ROWS,), tl.float32)
+    square = tl.zeros((BLOCK_ROWS,), tl.float32)
+    projected = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
+    of_rounded = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        place = start + tl.arange(0, BLOCK_HIDDEN)
+        there = inside[:, None] & (place < hidden)
+        loaded = tl.load(own_row + place, mask=there, other=0.0)
+        exact = loaded.to(tl.float32)
+        value = _to_e4m3(tl.div_rn(exact, tl.broadcast_to(scale[:, None], (BLOCK_ROWS, BLOCK_HIDDEN))))
+        tl.store(own_values + place, value, mask=there)
+        rounded = value.to(tl.float32)
+        weighted = rounded * tl.load(moments + place, mask=place < hidden, other=0.0)
+        own += tl.sum(exact * weighted, 1)
+        square += tl.sum(rounded * weighted, 1)
+        along = place[:, None] * RANK + tl.arange(0, RANK)
+        direction = tl.load(directions + along, mask=(place < hidden)[:, None], other=0.0)
+        if UPCAST:  # the interpreter multiplies the bit patterns of bf16
+            direction = direction.to(tl.float32)
+            projected = tl.dot(exact, direction, projected, input_precision="ieee")
+            of_rounded = tl.dot(rounded, direction, of_rounded, input_precision="ieee")
+        else:
+            projected = tl.dot(loaded, direction, projected)
+            of_rounded = tl.dot(rounded.to(tl.bfloat16), direction, of_rounded)
+    scale = tl.where(square == 0.0, scale, own / tl.where(square == 0.0, 1.0, square))
+    tl.store(scales + row, scale, mask=inside)
+    lost = projected - scale[:, None] * of_rounded
+    place = hidden + tl.arange(0, RANK)
+    tl.store(own_values + place, _to_e4m3(lost * SPREAD / scale[:, None]), mask=inside[:, None])
+    tl.store(own_values + RANK + place, _to_e4m3(projected / (SPREAD * scale[:, None])), mask=inside[:, None])
+
+
+@triton.jit
+def _best(
+    row, rows, groups, maxima, columns_of_maxima, target, CANDIDATES: tl.constexpr, GROUPS: tl.constexpr,
+    PLACES: tl.constexpr,
+):  # fmt: skip
+    """The largest of a row's maxima: [PLACES] logits, and their columns; in place 0 nothing, and the target."""
+    group, place = tl.arange(0, GROUPS), tl.arange(0, PLACES)
+    there = maxima + group.to(tl.int64) * rows + row
+    left = tl.load(there, mask=group < groups, other=NOTHING)
+    columns = tl.load(columns_of_maxima + group.to(tl.int64) * rows + row, mask=group < groups, other=0)
+    rough = tl.full((PLACES,), NOTHING, tl.float32)
+    chosen = tl.zeros((PLACES,), tl.int32) + tl.maximum(target, 0).to(tl.int32)
+    for number in tl.static_range(1, CANDIDATES + 1):
+        best, at = tl.max(left, 0), tl.argmax(left, 0)
+        rough = tl.where(place == number, best, rough)
+        chosen = tl.where(place == number, tl.sum(tl.where(group == at, columns, 0), 0), chosen)
+        left = tl.where(group == at, NOTHING, left)
+    return rough, chosen
+
+
+@triton.jit
+def finish_kernel(
+    x, w, row_scale, tile_scale, targets, sums, maxima, columns_of_maxima, out,
+    rows, hidden, groups, factor,
+    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, CANDIDATES: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
+    TILE: tl.constexpr, FP8: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Fill out [4, rows], partials in nats, from the sums of segments; with CANDIDATES as `fp8` rescores them.
+
+    The target's logit is x · w, times the scales for FP8, where x and w are what the sums were made of. One program
+    per row. In fp64, where a rough logit may exceed all exact ones by hundreds of nats.
+    """
+    row = tl.program_id(0)
+    segment = tl.arange(0, PARTS)
+    part = sums + segment * 3 * rows + row
+    tops = tl.load(part, mask=segment < SEGMENTS, other=NOTHING)
+    totals = tl.load(part + rows, mask=segment < SEGMENTS, other=0.0)
+    weights = tl.load(part + 2 * rows, mask=segment < SEGMENTS, other=0.0)
+    top = tl.max(tops, 0)
+    shift = tops - top
+    shrink = tl.exp2(shift)
+    total = tl.sum(totals * shrink, 0)
+    weighted = tl.sum((weights + shift * totals) * shrink, 0)
+
+    target = tl.load(targets + row)
+    place = tl.arange(0, PLACES)
+    if CANDIDATES:
+        rough, column = _best(row, rows, groups, maxima, columns_of_maxima, target, CANDIDATES, GROUPS, PLACES)
+    else:
+        rough, column = tl.full((PLACES,), NOTHING, tl.float32), tl.zeros((PLACES,), tl.int32) + tl.maximum(target, 0)
+    product = tl.zeros((PLACES, BLOCK_HIDDEN), tl.float32)
+    start_of_column = w + column[:, None].to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        channel = start + tl.arange(0, BLOCK_HIDDEN)
+        inside = channel < hidden
+        left = tl.load(x + row.to(tl.int64) * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+        there = inside[None, :] & (place <= CANDIDATES)[:, None]
+        product += left[None, :] * tl.load(start_of_column + channel, mask=there, other=0.0).to(tl.float32)
+    exact = tl.sum(product, 1) * factor
+    if FP8:
+        exact = exact * (tl.load(row_scale + row) * tl.load(tile_scale + tl.maximum(target, 0) // TILE))
+    exact_target = tl.where(target >= 0, tl.sum(tl.where(place == 0, exact, 0.0), 0), 0.0)
+
+    if CANDIDATES:
+        counts = (rough > 0.5 * NOTHING) | ((place == 0) & (target >= 0))
+        entering = tl.where(counts, exact, NOTHING).to(tl.float64)
+        leaving = rough.to(tl.float64)
+        new_top = tl.max(entering, 0)
+        moved = top.to(tl.float64) - new_top
+        weighted_wide = (weighted + moved * total) * tl.exp2(moved)
+        total_wide = total * tl.exp2(moved)
+        leaving -= new_top
+        entering -= new_top
+        gone = tl.where(counts & (place > 0), tl.exp2(leaving), 0.0)
+        come = tl.exp2(entering)
+        total_wide = tl.maximum(total_wide - tl.sum(gone, 0), 0.0) + tl.sum(come, 0)
+        weighted_wide += tl.sum(come * entering, 0) - tl.sum(gone * leaving, 0)
+        log_total = tl.log2(total_wide)
+        top = (new_top + log_total).to(tl.float32)
+        weighted = (weighted_wide / total_wide - log_total).to(tl.float32)
+        total = 1.0
+    if not ENTROPY:
+        weighted = 0.0
+    tl.store(out + row, top * LN_2)
+    tl.store(out + rows + row, total)
+    tl.store(out + 2 * rows + row, weighted * LN_2)
+    tl.store(out + 3 * rows + row, exact_target * LN_2)
