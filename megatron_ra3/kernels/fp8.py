@@ -9,8 +9,8 @@ Rounding to three mantissa bits moves a log-prob by some 0.07 nats, whatever the
   the hidden state, and of the weights along it. They share them along few directions, the principal ones of the head's
   columns. The products of `RANK` such directions with the rounding errors are written behind the channels of both
   operands, so that the same matrix product adds what rounding took: x w = x^ w^ + (P dx) (P w) + (P x) (P dw) + rest.
-- Where columns have no such directions, their mean under the law still points where the hidden state does. Every
-  rounded row is scaled so that it keeps its projection on the original, in the metric of the head's second moments.
+- Beside those directions the mean of the columns under the law still points where the hidden state does. Every rounded
+  row is scaled so that it keeps its projection on the original, in the metric of the second moments that are left.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Head:
 
     weight: Quantized
     moments: Tensor
-    """Mean square [H] of each channel."""
+    """Mean square [H] of each channel, of what the directions leave."""
     directions: Tensor
     """Principal directions [H, r] of the columns of logits, the rows of the weight; bf16."""
 
@@ -104,9 +104,10 @@ class Head:
         scales, squares = found.row_scales()[:, None], torch.zeros(width, device=weight.device)
         for part in reference.row_chunks(rows, width):
             exact, scale = weight[part].float(), scales[part]
-            squares += exact.square().sum(dim=0)
+            projected = exact @ exact_directions
+            squares += (exact - projected @ exact_directions.T).square().sum(dim=0)
             lost = (exact - scale * values[part, :width].float()) @ exact_directions
-            values[part, width : width + rank] = _to_e4m3(exact @ exact_directions / (SPREAD * scale))
+            values[part, width : width + rank] = _to_e4m3(projected / (SPREAD * scale))
             values[part, width + rank :] = _to_e4m3(lost * SPREAD / scale)
         return cls(found, squares / rows if rows else torch.ones_like(squares), directions)
 
