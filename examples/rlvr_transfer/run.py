@@ -30,6 +30,7 @@ from tasks import TaskConfig, write_tasks
 
 from megatron_ra3.report.experiments import Column, Record, markdown, over_seeds, write_results
 from megatron_ra3.report.plots import Panel, draw
+from megatron_ra3.report.rlvr_summary import evaluations_of
 from megatron_ra3.report.summary import read_metrics
 
 HERE = Path(__file__).parent
@@ -135,18 +136,6 @@ def next_token_with_comments(given: argparse.Namespace, mid: Path, seed: int) ->
         inputs=[config, mid / "corpus" / "manifest.json", base],
     )
     return folder / "export"
-
-
-def evaluations_of(metrics: Sequence[Record]) -> list[Record]:
-    """The evaluations of a run, each with the number of RLVR steps before it."""
-    found: list[Record] = []
-    steps = 0
-    for record in metrics:
-        if record["phase"] == "evaluate":
-            found.append({**record, "rlvr_step": steps})
-        else:
-            steps += 1
-    return found
 
 
 def asymptote(evaluations: Sequence[Record]) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import platform
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_ra3.bench.result import publish
 
 ERROR_ROWS = 256
 INPUTS = 3
@@ -74,12 +75,8 @@ def run_logprob(arguments: argparse.Namespace) -> int:
     """Measure as asked; a table, then the result as one JSON object on the last line."""
     given = {name: getattr(arguments, name) for name in asdict(LogprobBench())}
     result = measure(LogprobBench(**given | {"providers": tuple(arguments.providers)}))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(bench: LogprobBench) -> dict[str, Any]:

@@ -9,7 +9,6 @@ how long a thread waited for its turn, and with several threads all wait for the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.launch import memory, timing
 from megatron_ra3.launch.hardware import DTYPE_BYTES, Device, Dtype
 from megatron_ra3.launch.layout import Layout
@@ -91,10 +91,7 @@ def run_plan_bench(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
     result = measure(CASES, arguments.repeats)
     print(table(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(cases: tuple[Case, ...], repeats: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.corpus.documents import Document
 from megatron_ra3.corpus.inputs import find_inputs, read_documents
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
@@ -33,10 +33,7 @@ def run_prepare_bench(arguments: argparse.Namespace) -> int:
     """Measures, one after the other in every repeat, and prints one JSON object on the last line."""
     sources = arguments.sources or [sysconfig.get_paths()["stdlib"]]
     result = measure(sources, arguments.workers, arguments.repeats, arguments.benchmarks)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(sources: Sequence[str], workers: Sequence[int], repeats: int, benchmarks: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ra3.bench.gated_model import SPELLED, GatedModel, SyntheticTokenizer, write_gated_model
+from megatron_ra3.bench.result import publish
 from megatron_ra3.latents import LatentFormat, Snippet, Surface
 from megatron_ra3.rollout.engine import Engine, EngineError
 from megatron_ra3.rollout.sampler import Sampler, SamplerConfig
@@ -121,11 +122,7 @@ def run_rollout(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in asdict(RolloutBench())}
     bench = RolloutBench(**given | {"think_rates": tuple(arguments.think_rates)})
     result = measure(bench)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(bench: RolloutBench) -> dict[str, Any]:

@@ -9,7 +9,6 @@ what else the machine does.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.evaluate.sandbox import Sandbox
 from megatron_ra3.evaluate.worker import bubblewrap_command
 
@@ -38,11 +38,7 @@ def add_sandbox_arguments(parser: argparse.ArgumentParser) -> None:
 def run_sandbox(arguments: argparse.Namespace) -> int:
     """Measure as asked; the result as one JSON object on the last line."""
     result = measure(arguments.workers, arguments.turns, arguments.turn_s)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(workers: int, turns: int, turn_s: float) -> dict[str, Any]:

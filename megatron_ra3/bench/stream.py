@@ -8,7 +8,6 @@ checked besides. The page cache is warm: what is compared is the work per sample
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sysconfig
 import tempfile
@@ -20,6 +19,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.corpus.lines import CodeLine
 from megatron_ra3.corpus.manifest import FORMAT_VERSION, Manifest, SplitInfo
 from megatron_ra3.corpus.shards import write_split
@@ -51,10 +51,7 @@ def run_stream(arguments: argparse.Namespace) -> int:
             write_corpus(folder, arguments.samples, arguments.shards)
         result = measure(folder, arguments.repeats)
     print(table(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def write_corpus(folder: Path, samples: int, shards: int) -> None:

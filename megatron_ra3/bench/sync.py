@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.rollout import ports
 
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ def run_sync(arguments: argparse.Namespace) -> int:
     """Measure, print a table and, on the last line, all as one JSON object."""
     result = measure(SyncBench(**{name: getattr(arguments, name) for name in asdict(SyncBench())}))
     print(table(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(bench: SyncBench) -> dict[str, Any]:

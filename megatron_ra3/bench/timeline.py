@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.observe.journal import Journal
 from megatron_ra3.observe.spans import MAX_BUFFERED, Recorder
 
@@ -25,11 +25,7 @@ def add_timeline_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_timeline_bench(arguments: argparse.Namespace) -> int:
     """Measure as asked; the result as one JSON object on the last line."""
     result = measure(arguments.spans, arguments.turns)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(spans: int, turns: int) -> dict[str, Any]:

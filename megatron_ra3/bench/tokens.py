@@ -7,7 +7,6 @@ machine that slows down slows both. Processor time of all threads, not the clock
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3.bench.result import publish
 from megatron_ra3.corpus.manifest import Manifest
 from megatron_ra3.corpus.prepare import PrepareConfig, prepare
 from megatron_ra3.corpus.stream import ShardStream
@@ -43,10 +43,7 @@ def run_tokens(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 1")
     result = measure(arguments.files, arguments.vocabulary, arguments.repeats)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return publish(result, arguments.out)
 
 
 def measure(files: int, vocabulary: int, repeats: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_ra3 import durable
 from megatron_ra3.observe.spans import TIMELINE
 
 TIMEOUT_S = 5.0
@@ -201,9 +202,7 @@ def write_targets(path: Path, urls: Sequence[str], labels: Mapping[str, str]) ->
     """
     groups = [{"targets": [urlsplit(url).netloc for url in urls], "labels": dict(labels)}]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    durable.write(path, f"{json.dumps(groups, indent=1)}\n".encode())
 
 
 class Targets:

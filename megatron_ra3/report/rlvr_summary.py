@@ -46,6 +46,17 @@ def summarize_rlvr(runs: Mapping[str, Path]) -> dict[str, Any]:
     return {name: _figures(folder) for name, folder in runs.items()}
 
 
+def evaluations_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations of a run, each with the number of RLVR steps before it as `rlvr_step`."""
+    found: list[dict[str, Any]] = []
+    steps = 0
+    for record in records:
+        steps += record["phase"] == "rlvr"
+        if record["phase"] == "evaluate":
+            found.append({**record, "rlvr_step": steps})
+    return found
+
+
 def rlvr_table(summary: Mapping[str, Any]) -> str:
     """The summary as aligned text, a block per run."""
     return "\n\n".join(_block(name, figures) for name, figures in summary.items())
@@ -56,14 +67,9 @@ def _figures(folder: Path) -> dict[str, Any]:
     steps = [record for record in records if record["phase"] == "rlvr"]
     if not steps:
         raise ValueError(f"{folder}: the run has taken no step yet; start it again to resume it")
-    heldout: list[tuple[int, float]] = []
     seconds: dict[str, float] = defaultdict(float)
-    taken = 0
     for record in records:
-        taken += record["phase"] == "rlvr"
         seconds[record["phase"]] += record["seconds"]
-        if record["phase"] == "evaluate":
-            heldout.append((taken, record["pass_rate"]))
     edges = [len(steps) * part // PARTS for part in range(PARTS + 1)]
     parts = [(first, last) for first, last in itertools.pairwise(edges) if last > first]
     return {
@@ -72,7 +78,7 @@ def _figures(folder: Path) -> dict[str, Any]:
         "infrastructure_errors": sum(step["infrastructure_errors"] for step in steps),
         "skipped_steps": sum(step["updates"] == 0 for step in steps),
         "curve": [{"first": first + 1, "last": last, **_part(steps[first:last])} for first, last in parts],
-        "heldout": heldout,
+        "heldout": [(found["rlvr_step"], found["pass_rate"]) for found in evaluations_of(records)],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 

@@ -2,8 +2,7 @@
 
 vLLM on CPU packs every linear weight for oneDNN and drops the original. Packing is the largest part of an update of an
 engine that gets new weights at every step, nothing of it can be compared with the trainer's, and a tied output head
-keeps a stale packed copy. Plain weights cost nothing at small sizes: at 300 M parameters in float32 one row is a third
-faster and 64 rows are 40 % slower (`torch.nn.functional.linear` beside `onednn_mm`, one thread).
+keeps a stale packed copy. What it costs: a large model on a CPU computes many rows at once more slowly.
 
 Servers of this project ask for it by `PLAIN_LINEAR` in their environment; other vLLM processes stay as they are.
 """
