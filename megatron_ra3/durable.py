@@ -1,6 +1,7 @@
 """Makes files and names outlive a power cut: what was only in memory is on the disk when these return."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -14,8 +15,8 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a whole file, which then is there completely or as it was before."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Write a whole file, which then is there completely or as it was before, whoever else writes it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from megatron_ra3.config import RunConfig
 from megatron_ra3.model.parallel import ParallelLayout
 from megatron_ra3.rollout import fleet, server, supervise
 from megatron_ra3.rollout.engine import EngineError, EnginesLostError, GenerateQuery, StopRule
@@ -122,10 +123,14 @@ def processes(monkeypatch) -> None:
     monkeypatch.setattr(Sync, "sent", [])
 
 
-def opened(folder: Path, *settings: str, layout: Layout, stop: Callable[[], bool] = lambda: False) -> fleet.Servers:
-    config = make_config(folder, folder, "engine.kind=vllm", "engine.restart_pause_s=0.05", *settings)
+def configured(folder: Path, *settings: str) -> RunConfig:
+    return make_config(folder, folder, "engine.kind=vllm", "engine.restart_pause_s=0.05", *settings)
+
+
+def opened(config: RunConfig, layout: Layout, stop: Callable[[], bool] = lambda: False) -> fleet.Servers:
     latent_format: Any = SimpleNamespace(gate_ids=GATES)
-    return fleet.Servers(config, trainer_on(layout), latent_format, folder / "model", stop)  # type: ignore[arg-type]
+    model = Path(config.model.folder)
+    return fleet.Servers(config, trainer_on(layout), latent_format, model, stop)  # type: ignore[arg-type]
 
 
 def kill(servers: fleet.Servers, number: int) -> None:
@@ -159,7 +164,7 @@ def gone(groups: list[int]) -> bool:
 
 @pytest.fixture
 def two(tmp_path) -> Iterator[fleet.Servers]:
-    servers = opened(tmp_path, "engine.per_replica=2", layout=Layout(Ranks(1), 0))
+    servers = opened(configured(tmp_path, "engine.per_replica=2"), Layout(Ranks(1), 0))
     yield servers
     groups = [kept.server._process.pid for kept in servers._replica._kept]
     servers.close()
@@ -212,11 +217,11 @@ def test_killed_engines_are_started_again_and_serve_only_after_a_sync(two, tmp_p
 
 
 def test_replicas_wait_together_for_the_one_that_lost_its_engine_and_keep_what_they_have(tmp_path):
-    ranks, calls = Ranks(2), {0: 0, 1: 0}
+    config, ranks, calls = configured(tmp_path), Ranks(2), {0: 0, 1: 0}
     results: dict[int, Any] = {}
 
     def run(rank: int) -> None:
-        servers = opened(tmp_path, layout=Layout(ranks, rank))
+        servers = opened(config, Layout(ranks, rank))
 
         def work() -> list[list[int]]:
             calls[rank] += 1
@@ -248,7 +253,7 @@ def test_replicas_wait_together_for_the_one_that_lost_its_engine_and_keep_what_t
 def test_a_frozen_engine_is_ended_and_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "STOP_TIMEOUT_S", 0.3)
     limits = ("engine.health_interval_s=0.1", "engine.health_timeout_s=2")
-    servers = opened(tmp_path, *limits, layout=Layout(Ranks(1), 0))
+    servers = opened(configured(tmp_path, *limits), Layout(Ranks(1), 0))
     group = servers._replica._kept[0].server._process.pid
 
     def work() -> list[list[int]]:
@@ -274,7 +279,7 @@ def test_a_frozen_engine_is_ended_and_started_again(tmp_path, monkeypatch):
     ids=["none can come", "told to stop", "too long"],
 )
 def test_nobody_waits_for_ever(tmp_path, settings, stop, why):
-    servers = opened(tmp_path, *settings, layout=Layout(Ranks(1), 0), stop=lambda: stop)
+    servers = opened(configured(tmp_path, *settings), Layout(Ranks(1), 0), stop=lambda: stop)
 
     def work() -> list[list[int]]:
         kill(servers, 0)
@@ -293,11 +298,11 @@ def test_an_engine_of_another_place_joins_again_at_the_next_sync(tmp_path, monke
     monkeypatch.setattr(supervise, "PULSE_TIMEOUT_S", 1.0)
     (tmp_path / "model").mkdir()
     with fakes() as made:
-        make_config(tmp_path, tmp_path)  # writes the model's config
+        configured(tmp_path)  # writes the model's config
         model = served_model_name(tmp_path / "model")
         urls = [made.start(model=model) for _ in range(2)]
         setting = f"engine.urls=[{','.join(urls)}]"
-        servers = opened(tmp_path, setting, "engine.request_timeout_s=2", layout=Layout(Ranks(1), 0))
+        servers = opened(configured(tmp_path, setting, "engine.request_timeout_s=2"), Layout(Ranks(1), 0))
         roster = servers._replica.roster
         try:
             servers.sync(1)

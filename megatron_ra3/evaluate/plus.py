@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ra3 import durable
 from megatron_ra3.evaluate.jail import values
 from megatron_ra3.evaluate.sandbox import Sandbox, Verdict, brief
 from megatron_ra3.evaluate.session import Handle, Session
@@ -120,9 +121,7 @@ def _write(path: Path, expected: Expected) -> None:
     if any(isinstance(output, Handle) for output in expected.outputs):
         return
     data = {"seconds": expected.seconds, "outputs": [values.encode(output, _refuse) for output in expected.outputs]}
-    partial = path.with_suffix(f".{threading.get_ident()}.partial")
-    partial.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=1))
-    partial.replace(path)
+    durable.write(path, gzip.compress(json.dumps(data).encode(), compresslevel=1))
 
 
 def _read(path: Path) -> Expected:

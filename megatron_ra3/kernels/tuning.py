@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_ra3 import durable
 from megatron_ra3.kernels import fp8
 
 
@@ -107,9 +108,7 @@ def save(path: Path, gpu: str, found: Tuning) -> None:
     """Put a choice into the table, beside those of other GPUs."""
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(table | {gpu: asdict(found)}, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    durable.write(path, f"{json.dumps(table | {gpu: asdict(found)}, indent=1)}\n".encode())
     _of.cache_clear()
 
 

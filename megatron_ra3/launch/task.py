@@ -23,6 +23,7 @@ from typing import Self
 
 import yaml
 
+from megatron_ra3 import durable
 from megatron_ra3.rollout import ports
 
 TRY_AGAIN = 75
@@ -100,7 +101,7 @@ def _serve(task: Task, command: Sequence[str]) -> int:
     own = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
     with closing(ports.reserve("")) as held:
         port = held.getsockname()[1]
-        publish(_engine(task.meeting, task.rank), f"http://{task.address}:{port}")
+        durable.write(_engine(task.meeting, task.rank), f"http://{task.address}:{port}".encode())
         return _outlive([*command, "engine.host=0.0.0.0", f"engine.port={port}"], own)
 
 
@@ -108,14 +109,14 @@ def _train(task: Task, command: Sequence[str], folder: Path | None) -> int:
     leads = task.rank == 0
     saved = f"{steps_saved(folder)}\n"
     if leads:
-        publish(task.meeting / SAVED, saved)
+        durable.write(task.meeting / SAVED, saved.encode())
     with _rendezvous(task) as address:
         urls = [await_text(_engine(task.meeting, index)) for index in range(task.engines)]
         where = [f"engine.urls=[{','.join(urls)}]"] if urls else []
         status = _outlive([*command, *where], rank_environment(task, address))
     if leads:
-        publish(task.meeting / SAVED, f"{saved}{steps_saved(folder)}\n")
-    publish(task.meeting / f"exit-{task.rank}", f"{status}\n")
+        durable.write(task.meeting / SAVED, f"{saved}{steps_saved(folder)}\n".encode())
+    durable.write(task.meeting / f"exit-{task.rank}", f"{status}\n".encode())
     return status
 
 
@@ -127,7 +128,7 @@ def _rendezvous(task: Task) -> Iterator[str]:
         return
     with closing(ports.reserve("")) as held:
         address = f"{task.address}:{held.getsockname()[1]}"
-        publish(task.meeting / RENDEZVOUS, address)
+        durable.write(task.meeting / RENDEZVOUS, address.encode())
         yield address
 
 
@@ -176,13 +177,6 @@ def steps_saved(folder: Path | None) -> int:
     """The newest checkpoint's step; 0 without one."""
     names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")] if folder else []
     return max((int(name) for name in names if name.isdigit()), default=0)
-
-
-def publish(path: Path, text: str) -> None:
-    """Let `path` appear whole, or be replaced as a whole."""
-    written = path.with_name(f".{path.name}.partial")
-    written.write_text(text, encoding="utf-8")
-    written.replace(path)
 
 
 def await_text(path: Path, timeout_s: float = PEERS_TIMEOUT_S) -> str:

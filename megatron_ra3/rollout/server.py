@@ -26,6 +26,7 @@ from typing import Self
 
 from megatron_ra3.rollout import ports
 from megatron_ra3.rollout.engine import EngineError
+from megatron_ra3.rollout.vllm_plugin.forked_core import FORKED_CORE
 from megatron_ra3.rollout.vllm_plugin.plain_weights import PLAIN_LINEAR
 from megatron_ra3.stall import ACTIVITY
 
@@ -272,6 +273,8 @@ def _environment(config: ServerConfig) -> dict[str, str]:
         if config.tensor_parallel_size == 1:
             # The worker then lives in the engine's process: one Python start and one set of imports less.
             own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            if config.cpu_threads == 1:
+                own[FORKED_CORE] = "1"
     return {**inherited, **own}
 
 

@@ -20,7 +20,7 @@ from tests.small import make_config
 
 pytestmark = pytest.mark.vllm
 # Half the gates think, so that a step has hundreds of requests to die under.
-SETTINGS = ("checkpoint.every_steps=1", "objective.gate_exploration=0.5", "estep.snippets_per_step=12")
+SETTINGS = ("checkpoint.every_steps=1", "objective.gate_exploration=0.5", "estep.snippets_per_step=24")
 
 
 def _samples(run: Path) -> list[tuple[Any, ...]]:
@@ -49,6 +49,8 @@ def _kill_at_work(pid: int, url: str) -> None:
         with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
             if re.search(r"^vllm:num_requests_running\{.*\} [1-9]", answer.read().decode(), re.MULTILINE):
                 break
+    os.kill(pid, signal.SIGSTOP)  # it answers nothing more, whatever the trainer still sends
+    time.sleep(0.5)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -85,7 +87,7 @@ def test_a_run_outlives_its_engines_and_samples_with_current_weights_only(small_
     served = [record for record in records if "engines_alive" in record]
     assert sum(record["engines_lost"] for record in served) == 2
     assert sum(record["engines_returned"] for record in served) >= 1
-    assert served[1]["requests_reissued"] > 0
+    assert sum(record["requests_reissued"] for record in served) > 0
     assert served[-1]["engines_alive"] >= 1
     assert all(record["mismatch"] < 1e-4 for record in records if record["phase"] == "estep")
     assert sum(record.get("engine_wait_seconds", 0.0) for record in served) > 1
