@@ -6,6 +6,7 @@ the process keeps the real one. Separately, Megatron's torch fallback optimizer 
 distributed: it is replaced by `adam.AdamW`.
 """
 
+import atexit
 import functools
 import gc
 import importlib
@@ -80,6 +81,7 @@ def _import_megatron() -> None:
         if without_compiler:
             del os.environ[switch]
         gc.freeze()
+        atexit.register(gc.unfreeze)  # bindings would call what is left at the exit a leak
         if collecting:
             gc.enable()
 
