@@ -3,7 +3,8 @@
 vLLM's backends put the model on meta tensors when an update starts, so anything sampled before it ends kills the
 engine, and a trainer that dies half-way leaves no model at all. Here a worker receives everything into host memory
 beside its sampling and touches the model only in `finish_weight_update`, the one moment for which it must be paused.
-The price is one host copy of the weights, which is kept: fresh memory for every update would cost as much as the copy.
+Plain weights are loaded as they come into a twin of the model (`twin`), and that moment takes none. The price is two
+host copies of the weights, which are kept: fresh memory for every update would cost as much as a copy.
 
 Both sides of vLLM's transfer API (0.32): the worker's engine and the trainer's. One process group of the trainer's
 sender (rank 0) and every worker of every engine; one broadcast per tensor, as raw bytes.
@@ -12,10 +13,11 @@ sender (rank 0) and every worker of every engine; one broadcast per tensor, as r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,6 +25,7 @@ from torch.distributed import ProcessGroupGloo, TCPStore, Work
 from vllm.distributed.weight_transfer import base
 
 from megatron_ra3.rollout.vllm_plugin.plain_weights import are_plain
+from megatron_ra3.rollout.vllm_plugin.twin import Twin
 
 BACKEND = "gloo"
 MAX_IN_FLIGHT = 4
@@ -74,7 +77,7 @@ class GlooTrainerInitInfo(base.TrainerInitInfo):
 
 
 class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: receive into host memory, load in one go at the end."""
+    """Worker side: receive into host memory, put in place in one go at the end."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -84,8 +87,9 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self._group: ProcessGroupGloo | None = None
         self._buffers: dict[str, torch.Tensor] = {}
         self._receiver = _one_thread()
-        self._receiving: Future[list[str]] | None = None
-        self._received: list[str] = []
+        self._twin: Twin | None = None
+        self._receiving: Future[Callable[[], None]] | None = None
+        self._put_in_place: Callable[[], None] | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group, leaving any earlier one, though it may still wait for a trainer that is gone."""
@@ -97,7 +101,7 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Forget what a failed update may have left."""
-        self._receiving, self._received = None, []
+        self._receiving, self._put_in_place = None, None
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Begin to receive into host memory while the old weights are served; without names wait for the end of that.
@@ -110,18 +114,14 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             self._receiving = self._receiver.submit(self._receive, self._group, update_info)
         elif self._receiving is not None:
             receiving, self._receiving = self._receiving, None
-            self._received = receiving.result()
+            self._put_in_place = receiving.result()
 
     def finish_weight_update(self) -> None:
-        """Load what was received; RuntimeError when nothing was."""
-        if not self._received:
+        """Serve what was received; RuntimeError when nothing was."""
+        if self._put_in_place is None:
             raise RuntimeError("gloo weight transfer: nothing was received, the model is unchanged")
-        names, self._received = self._received, []
-        weights = ((name, self._buffers[name].to(self.device)) for name in names)
-        if are_plain(self.model):
-            self.model.load_weights(weights)
-        else:
-            self._load_and_process(weights)
+        put_in_place, self._put_in_place = self._put_in_place, None
+        put_in_place()
 
     def _load_and_process(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load what vLLM has to quantise, pack or otherwise derive from the weights."""
@@ -132,19 +132,34 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_head(self.model)
 
-    def _receive(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> list[str]:
-        """Fill the buffers; returns the names of those filled."""
+    def _receive(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> Callable[[], None]:
+        """Take everything in; returns what puts it in place."""
         try:
-            with _InFlight() as in_flight:
-                for name, dtype_name, shape in zip(
-                    update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-                ):
-                    in_flight.add(group.broadcast(_as_bytes(self._buffer(name, dtype_name, shape)), 0))
+            arriving = self._arriving(group, update_info)
+            if not are_plain(self.model):
+                return partial(self._load_and_process, list(arriving))
+            if self._twin is None or self._twin.model is not self.model:
+                self._twin = Twin(self.model)
+            self._twin.fill(arriving)
         except BaseException:
             if self._group is group:
                 self.shutdown()
             raise
-        return update_info.names
+        return self._twin.exchange
+
+    def _arriving(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor when it is here, while the next ones travel."""
+        coming: deque[tuple[str, torch.Tensor]] = deque()
+        with _InFlight() as in_flight:
+            for name, dtype_name, shape in zip(
+                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+            ):
+                buffer = self._buffer(name, dtype_name, shape)
+                in_flight.add(group.broadcast(_as_bytes(buffer), 0))
+                coming.append((name, buffer.to(self.device)))
+                if len(coming) > MAX_IN_FLIGHT:
+                    yield coming.popleft()
+        yield from coming
 
     def _buffer(self, name: str, dtype_name: str, shape: list[int]) -> torch.Tensor:
         dtype, found = getattr(torch, dtype_name), self._buffers.get(name)
