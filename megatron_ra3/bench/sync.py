@@ -1,8 +1,10 @@
 """`ra3 bench sync`: what it costs to make new weights live in running engines, beside two plain ways.
 
-One repeat does all three in turn, so that a machine that slows down slows all: our weight sync, a broadcast of the same
-bytes between processes over the same backend (as fast as weights can travel), and saving safetensors that every engine
-then loads in place. An engine is asked for one token after another meanwhile: the longest wait is what sampling loses.
+One repeat does all in turn, so that a machine that slows down slows all: our weight sync, a broadcast of the same bytes
+between processes over the same backend (as fast as weights can travel), and saving safetensors that every engine then
+loads in place. An engine is asked for one token after another meanwhile: the longest wait is what sampling loses, and
+every call of a sync waits for the step under way. Sync and broadcast come once more with engines at rest, as they are
+between synchronous E-steps.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def measure(bench: SyncBench) -> dict[str, Any]:
     """Seconds of every repeat, medians, and ratios of the same repeat, above 1 where ours is faster.
 
     `ratio_raw_broadcast` counts the whole update, until engines sample with the new weights; a raw broadcast leaves
-    them in a buffer.
+    them in a buffer. With `_at_rest` nobody asks the engines for anything.
     """
     import torch
 
@@ -87,22 +89,35 @@ def measure(bench: SyncBench) -> dict[str, Any]:
         client = stack.enter_context(_Client(servers[0].url))
         runs = []
         for version in range(-1, bench.repeats):
-            run = {"raw_broadcast": _seconds(peers.broadcast)}
-            client.longest_s = 0.0
-            run["sync"] = _seconds(lambda version=version: sync.send(weights, version + 2))
+            with client.resting():
+                run = {"raw_broadcast_at_rest": _seconds(peers.broadcast)}
+                run["sync_at_rest"] = _seconds(lambda version=version: sync.send(weights, 2 * version + 3))
+            client.take_waits()
+            run["raw_broadcast"] = _seconds(peers.broadcast)
+            client.await_answer()
+            run["answer"] = statistics.median(client.take_waits())
+            run["sync"] = _seconds(lambda version=version: sync.send(weights, 2 * version + 4))
             client.await_answer()  # of the request that waited for the new weights
-            run["sampling_stall"] = client.longest_s
+            run["sampling_stall"] = max(client.take_waits())
             run["reload"] = _seconds(lambda: _save_and_reload(folder / "model", weights, servers))
             if version >= 0:  # the first round warms everything up
                 runs.append(run)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return {
         "ratio_raw_broadcast": statistics.median(run["raw_broadcast"] / run["sync"] for run in runs),
+        "ratio_raw_broadcast_at_rest": statistics.median(
+            run["raw_broadcast_at_rest"] / run["sync_at_rest"] for run in runs
+        ),
         "ratio_reload": statistics.median(run["reload"] / run["sync"] for run in runs),
         "seconds": medians,
-        "gb_per_s": {name: weights.bytes / 1e9 / medians[name] for name in ("raw_broadcast", "sync", "reload")},
+        "gb_per_s": {
+            name: weights.bytes / 1e9 / took
+            for name, took in medians.items()
+            if name not in ("answer", "sampling_stall")
+        },
         "training_stall_s": medians["sync"],
         "sampling_stall_s": medians["sampling_stall"],
+        "answer_s": medians["answer"],
         "bytes": weights.bytes,
         "backend": _backend(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -117,13 +132,15 @@ def table(result: dict[str, Any]) -> str:
     """The result for reading."""
     lines = [f"{result['bytes'] / 1e9:.2f} GB over {result['backend']}, {result['settings']['engines']} engine(s)"]
     lines += [
-        f"{name:<14}{result['seconds'][name]:>9.3f} s {rate:>8.2f} GB/s" for name, rate in result["gb_per_s"].items()
+        f"{name:<22}{result['seconds'][name]:>9.3f} s {rate:>8.2f} GB/s" for name, rate in result["gb_per_s"].items()
     ]
     lines.append(
-        f"training waits {result['training_stall_s']:.3f} s, sampling at most {result['sampling_stall_s']:.3f} s"
+        f"training waits {result['training_stall_s']:.3f} s, sampling at most {result['sampling_stall_s']:.3f} s "
+        f"for an answer that beside a broadcast takes {result['answer_s']:.3f} s"
     )
     lines.append(
-        f"raw broadcast / sync: {result['ratio_raw_broadcast']:.2f}; reload / sync: {result['ratio_reload']:.2f}"
+        f"raw broadcast / sync: {result['ratio_raw_broadcast']:.2f}, "
+        f"at rest {result['ratio_raw_broadcast_at_rest']:.2f}; reload / sync: {result['ratio_reload']:.2f}"
     )
     return "\n".join(lines)
 
@@ -213,14 +230,15 @@ def _join(port: int, rank: int, size: int) -> ProcessGroup:
 
 
 class _Client:
-    """Asks an engine for one token after another; `longest_s` is the longest it had to wait since last set."""
+    """Asks an engine for one token after another."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.longest_s = 0.0
+        self._waits_s: list[float] = []
 
     def __enter__(self) -> Self:
         self._ended, self._answered = threading.Event(), threading.Event()
+        self._asking = threading.Lock()
         self._thread = threading.Thread(target=self._ask_on)
         self._thread.start()
         return self
@@ -234,13 +252,26 @@ class _Client:
         self._answered.clear()
         assert self._answered.wait(_TIMEOUT_S)
 
+    def take_waits(self) -> list[float]:
+        """Seconds that each answer since the last call took."""
+        waits_s, self._waits_s = self._waits_s, []
+        return waits_s
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Ask nothing, once the request that is open now is answered."""
+        with self._asking:
+            yield
+
     def _ask_on(self) -> None:
         body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
         while not self._ended.is_set():
-            started_s = time.perf_counter()
-            _post(self._url, "/inference/v1/generate", body)
-            self.longest_s = max(self.longest_s, time.perf_counter() - started_s)
-            self._answered.set()
+            with self._asking:
+                started_s = time.perf_counter()
+                _post(self._url, "/inference/v1/generate", body)
+                self._waits_s.append(time.perf_counter() - started_s)
+                self._answered.set()
+            time.sleep(0.001)  # who wants the lock gets it
 
 
 def _save_and_reload(folder: Path, weights: _Weights, servers: Sequence[VllmServer]) -> None:
