@@ -150,16 +150,22 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     def _arriving(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor when it is here, while the next ones travel."""
         coming: deque[tuple[str, torch.Tensor]] = deque()
+
+        def next_one() -> tuple[str, torch.Tensor]:
+            name, buffer = coming.popleft()
+            return name, buffer.to(self.device)
+
         with _InFlight() as in_flight:
             for name, dtype_name, shape in zip(
                 update_info.names, update_info.dtype_names, update_info.shapes, strict=True
             ):
                 buffer = self._buffer(name, dtype_name, shape)
                 in_flight.add(group.broadcast(_as_bytes(buffer), 0))
-                coming.append((name, buffer.to(self.device)))
+                coming.append((name, buffer))
                 if len(coming) > MAX_IN_FLIGHT:
-                    yield coming.popleft()
-        yield from coming
+                    yield next_one()
+        while coming:
+            yield next_one()
 
     def _buffer(self, name: str, dtype_name: str, shape: list[int]) -> torch.Tensor:
         dtype, found = getattr(torch, dtype_name), self._buffers.get(name)
