@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must be green: environment, linters, types, tests. Arguments go to pytest.
+# Everything that must be green: environment, linters, types, tests. Arguments go to pytest: with `-m long` and with
+# `-m faults` it runs what takes minutes a test and is left out otherwise.
 # Without the system packages some tests skip and say so; with CI=true such a skip is a failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,8 +33,8 @@ else
     # Tests that start real servers mostly wait, so the others run beside them.
     servers=$(mktemp)
     trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$servers"' EXIT
-    python -m pytest -m "not gpu and not faults and (vllm or slurm)" >"$servers" 2>&1 &
-    python -m pytest -m "not gpu and not vllm and not slurm" || failed+=(pytest)
+    python -m pytest -m "not gpu and not faults and not long and (vllm or slurm)" >"$servers" 2>&1 &
+    python -m pytest -m "not gpu and not long and not vllm and not slurm" || failed+=(pytest)
     wait $! || failed+=("pytest with servers")
     cat "$servers"
 fi

@@ -348,6 +348,7 @@ def _em_monitoring(folder: Path, bases: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_em_is_monitored_for_real_and_finished_runs_are_kept(small_corpus, tmp_path):
     bases, out = tmp_path / "bases", tmp_path / "out"
     bases.mkdir()

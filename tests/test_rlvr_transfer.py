@@ -110,6 +110,7 @@ def _run(out: Path, mid: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_experiment_runs_and_finished_runs_are_kept(small_corpus, tmp_path):
     open_jail(1).close()  # skips where there is none
     out, mid = tmp_path / "out", tmp_path / "mid"

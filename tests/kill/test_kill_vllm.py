@@ -18,7 +18,7 @@ from megatron_ra3.em import midtrain
 from megatron_ra3.settings import to_dict
 from tests.small import make_config
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 # Half the gates think, so that a step has hundreds of requests to die under.
 SETTINGS = ("checkpoint.every_steps=1", "objective.gate_exploration=0.5", "estep.snippets_per_step=24")
 
