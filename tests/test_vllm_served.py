@@ -367,6 +367,22 @@ def test_announced_and_given_weights_must_agree(served):
         sync.send(Mislabelled(served.second), version=12)
 
 
+def test_weights_that_no_engine_can_load_end_with_its_own_words_and_leave_the_old_ones_served(served):
+    engine, queries = served.engine(count=2), gate_queries(seed=31)
+    strange = Weights(served.first)
+    strange.named[3:3] = [("model.layers.0.other.weight", torch.zeros(3))]
+    with connected(served) as sync:
+        sync.send(Weights(served.second), version=12)
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=r"weights version 13 failed.*other"):
+            sync.send(strange, version=13)
+        assert time.monotonic() - began < TIMEOUT_S / 2  # the trainer does not wait until its time is out
+        assert_scores(served.second, queries, engine.gate_logprobs(queries), 12)
+        sync.send(Weights(served.first), version=14)
+        assert_scores(served.first, queries, engine.gate_logprobs(queries), 14)
+    engine.close()
+
+
 def test_a_trainer_that_vanishes_leaves_the_old_weights_and_a_new_one_takes_over(served):
     engine, queries = served.engine(count=2), gate_queries(seed=40)
     before = engine.gate_logprobs(queries)

@@ -95,6 +95,7 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         """Join the trainer's group, leaving any earlier one, though it may still wait for a trainer that is gone."""
         self.shutdown()
         self._receiver = _one_thread()
+        self._buffers, self._twin = {}, None  # an earlier receiver may still write into its own
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = _join(init_info, rank)
@@ -128,50 +129,46 @@ class GlooWorkerEngine(base.WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(weights)
+        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in weights)
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_head(self.model)
 
     def _receive(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> Callable[[], None]:
         """Take everything in; returns what puts it in place."""
         try:
-            arriving = self._arriving(group, update_info)
+            arriving = self._arriving(group, self._buffers, update_info)
             if not are_plain(self.model):
                 return partial(self._load_and_process, list(arriving))
             if self._twin is None or self._twin.model is not self.model:
                 self._twin = Twin(self.model)
-            self._twin.fill(arriving)
+            twin = self._twin
+            try:
+                twin.fill(arriving)
+            except Exception:
+                deque(arriving, maxlen=0)  # else the trainer waits for its time-out and not for this error
+                raise
         except BaseException:
             if self._group is group:
                 self.shutdown()
             raise
-        return self._twin.exchange
+        return twin.exchange
 
-    def _arriving(self, group: ProcessGroupGloo, update_info: GlooUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    @staticmethod
+    def _arriving(
+        group: ProcessGroupGloo, buffers: dict[str, torch.Tensor], update_info: GlooUpdateInfo
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor when it is here, while the next ones travel."""
         coming: deque[tuple[str, torch.Tensor]] = deque()
-
-        def next_one() -> tuple[str, torch.Tensor]:
-            name, buffer = coming.popleft()
-            return name, buffer.to(self.device)
-
         with _InFlight() as in_flight:
             for name, dtype_name, shape in zip(
                 update_info.names, update_info.dtype_names, update_info.shapes, strict=True
             ):
-                buffer = self._buffer(name, dtype_name, shape)
+                buffer = _buffer(buffers, name, dtype_name, shape)
                 in_flight.add(group.broadcast(_as_bytes(buffer), 0))
                 coming.append((name, buffer))
                 if len(coming) > MAX_IN_FLIGHT:
-                    yield next_one()
-        while coming:
-            yield next_one()
-
-    def _buffer(self, name: str, dtype_name: str, shape: list[int]) -> torch.Tensor:
-        dtype, found = getattr(torch, dtype_name), self._buffers.get(name)
-        if found is None or found.dtype != dtype or list(found.shape) != shape:
-            found = self._buffers[name] = torch.empty(shape, dtype=dtype, device="cpu")
-        return found
+                    yield coming.popleft()
+        yield from coming
 
     def shutdown(self) -> None:
         """Leave the trainer's group."""
@@ -270,6 +267,13 @@ class _InFlight:
         while self._works and kind is None:
             self._works.popleft().wait()
         self._works.clear()  # else an error's traceback keeps them, and they the connections, until the time-out
+
+
+def _buffer(buffers: dict[str, torch.Tensor], name: str, dtype_name: str, shape: list[int]) -> torch.Tensor:
+    dtype, found = getattr(torch, dtype_name), buffers.get(name)
+    if found is None or found.dtype != dtype or list(found.shape) != shape:
+        found = buffers[name] = torch.empty(shape, dtype=dtype, device="cpu")
+    return found
 
 
 def _one_thread() -> ThreadPoolExecutor:

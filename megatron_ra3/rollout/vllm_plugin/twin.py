@@ -21,7 +21,10 @@ class Twin:
         self._twin = _twin_of(model, {}, {})
 
     def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load weights, named as in a checkpoint; parameters that get none take the served value."""
+        """Load weights, named as in a checkpoint; parameters that get none take the served value.
+
+        A parameter that joins several tensors of a checkpoint must get all of them or none.
+        """
         loaded = self._twin.load_weights(weights)
         served = dict(self.model.named_parameters())
         for name, parameter in self._twin.named_parameters():
