@@ -58,7 +58,7 @@ def enable() -> None:
 
 @functools.cache
 def _import_megatron() -> None:
-    """Import Megatron-Core, in half the time.
+    """Import Megatron-Core, sooner than plainly.
 
     The garbage collector is kept from the hundreds of thousands of objects that imports make and never drop. Without a
     GPU nothing of Megatron is compiled, and its decorators are kept from loading torch's whole compiler.

@@ -1,7 +1,7 @@
 """The engine process of a CPU server, forked from its API server: it starts without importing everything again.
 
 vLLM on CPU spawns it, since a pool of threads does not survive a fork; a server of one thread has none. The imports are
-two fifths of what a start costs.
+most of what a start costs.
 
 Servers of this project ask for it by `FORKED_CORE` in their environment; other vLLM processes stay as they are.
 """
